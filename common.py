@@ -1,0 +1,1387 @@
+"""Plumbing that no reader of a paper would look for, shared by the seven method files.
+
+Command line, processes, per-image randomness, data, batched augmentation primitives, backbones, LARS, the
+learning-rate schedule, the run folder and the online kNN. No method lives here: every loss, head, queue, moving
+average and training loop is in its own file.
+
+Every function stands alone: copy what you need. What each needs from this file is said in its docstring.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import typing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def fail(message: str, every_rank: bool = False) -> typing.NoReturn:
+    """Answer a wrong use: one line on rank 0 (or on the rank that alone saw it), exit code 2."""
+    if every_rank or int(os.environ.get("RANK", 0)) == 0:
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def stop(message: str) -> typing.NoReturn:
+    """End the run on a fault: one line on rank 0, exit code 1."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        fail(f"{message} (see --help)")
+
+
+def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = None, argv: list[str] | None = None):
+    """Fill the dataclass `args_class` from the command line.
+
+    Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple
+    takes as many values as its default. The help text is the comment behind the field. `recipes` maps the value of
+    `--recipe` to overrides of the defaults; a flag given by hand beats the recipe. `--data-dir` without `--dataset`
+    means `--dataset folder`. A field without a default is positional. A wrong flag or value ends the program in one
+    line with exit code 2.
+    """
+    source = inspect.getsource(args_class)
+    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", source, re.M))
+    doc = sys.modules[args_class.__module__].__doc__ or ""
+    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    types = typing.get_type_hints(args_class)
+    for field in dataclasses.fields(args_class):
+        kind, flag = types[field.name], "--" + field.name.replace("_", "-")
+        text = comments.get(field.name, "").replace("%", "%%")
+        if field.default is dataclasses.MISSING:
+            parser.add_argument(field.name, type=kind, help=text)
+            continue
+        options: dict[str, Any] = {"help": f"{text} [{field.default}]"}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options |= {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
+        else:
+            options["type"] = kind
+        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "data_dir" in given and "dataset" not in given:
+        given["dataset"] = "folder"
+    recipe = (recipes or {}).get(given.get("recipe", "quick"), {})
+    return args_class(**{**recipe, **given})
+
+
+def check_args(args) -> None:
+    """Refuse impossible values of the flags that all methods share."""
+    for name in ("epochs", "image_size", "log_every", "eval_every", "save_every"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in (
+        "batch_size",
+        "max_steps",
+        "train_limit",
+        "workers",
+        "seed",
+        "warmup_epochs",
+        "base_lr",
+        "weight_decay",
+    ):
+        if not getattr(args, name) >= 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    if args.dataset == "patterns" and args.data_dir:
+        fail("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
+    if args.dataset == "folder" and not args.data_dir:
+        fail("--dataset folder needs --data-dir")
+    check_precision(args)
+    if min(args.std) <= 0:
+        fail("--std must be positive")
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def start_processes() -> torch.device:
+    """Join torchrun's process group if there is more than one process; return this process's device.
+
+    NCCL carries CUDA tensors and gloo CPU ones. Where several processes share one GPU, which NCCL refuses, gloo
+    carries both. One process needs no group.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        own_gpu = cuda and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    return device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """(0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def my_rows(total: int) -> slice:
+    """This rank's contiguous slice of `total` rows (a multiple of the number of processes)."""
+    rank, world = rank_and_world()
+    return slice(rank * total // world, (rank + 1) * total // world)
+
+
+def on_rank_0(action: Callable[[], Any]) -> Any:
+    """The result of `action`, run on rank 0 only; where it ends the program there, it ends on every rank."""
+    rank, world = rank_and_world()
+    result, code = None, None
+    if rank == 0:
+        try:
+            result = action()
+        except SystemExit as end:
+            code = end.code
+    if world > 1:
+        shared = [result, code]
+        dist.broadcast_object_list(shared, device=torch.device("cpu"))
+        result, code = shared
+    if code is not None:
+        raise SystemExit(code)
+    return result
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # A row's gradient is the sum over the losses of all ranks: each of them used that row.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[my_rows(len(grad))]
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of every rank in rank order: (n, ...) -> (world·n, ...), differentiable; x itself without a group.
+
+    The backward pass sums over ranks, so if every rank computes the same loss L of the gathered rows, the gradient
+    is that of world·L; DistributedDataParallel then averages over ranks, which gives exactly the gradient that
+    one process would compute from the global batch.
+    """
+    return _AllGather.apply(x) if dist.is_initialized() else x
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the rows of all processes, for CPU tensors (`nn.SyncBatchNorm` is CUDA only).
+
+    Every rank must hold the same number of rows. Needs `all_gather`.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        dims = [d for d in range(x.ndim) if d != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        var, mean = torch.var_mean(x, dims, correction=0)  # C
+        stats = all_gather(torch.stack([mean, var])[None])  # W×2×C
+        mean = stats[:, 0].mean(0)  # C
+        # The spread around the global mean is the spread inside each rank plus that of the ranks' means.
+        var = (stats[:, 1] + (stats[:, 0] - mean) ** 2).mean(0)  # C
+        if self.track_running_stats:
+            n = x.numel() // x.shape[1] * len(stats)
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), self.momentum)
+        x = (x - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """Make every BatchNorm of `model` use the statistics of the global batch; nothing to do for one process."""
+    if not dist.is_initialized():
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.__class__ = SyncBatchNorm  # same parameters, buffers and state-dict keys
+    return model
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """Average gradients over processes (DDP); the model itself for one process."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+
+
+def check_precision(args) -> None:
+    if args.precision == "fp16" and not torch.cuda.is_available():
+        fail("--precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
+
+
+def precision_of(args, device: torch.device) -> tuple[torch.dtype, Any, torch.amp.GradScaler]:
+    """(dtype of weights and images, autocast context of the network, gradient scaler) for `--precision`.
+
+    auto is bf16 on a GPU that has it, fp16 with a scaler on one that has not, fp32 on a CPU.
+    """
+    choice = args.precision
+    if choice == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        choice = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    dtype = torch.float64 if choice == "fp64" else torch.float32
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
+    autocast = torch.autocast(device.type, half) if half else contextlib.nullcontext()
+    return dtype, autocast, torch.amp.GradScaler(device.type, enabled=choice == "fp16")
+
+
+# ---------------------------------------------------------------------------------------- per-image randomness
+
+
+class Draws:
+    """Random numbers that belong to images, not to processes.
+
+    Every method draws for the whole global batch of `total` images, from a generator seeded by `key`, and returns
+    the rows of this rank; so the same images get the same numbers on any number of processes. The numbers are
+    float64 on the CPU: the primitives below then know on the host which images they have to touch.
+    """
+
+    def __init__(self, key: tuple[int, ...], total: int, rows: slice = slice(None)):
+        self.generator, self.total, self.rows = np.random.default_rng(key), total, rows
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """(n, *shape) numbers in [low, high)."""
+        numbers = self.generator.random((self.total, *shape))[self.rows]
+        return torch.from_numpy(low + (high - low) * numbers)
+
+    def chance(self, p: float) -> Tensor:
+        """(n,) booleans, true with probability p."""
+        return self.uniform(0, 1) < p
+
+    def order(self, k: int) -> Tensor:
+        """(n, k) random permutations of 0..k-1."""
+        return self.uniform(0, 1, k).argsort(1)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+IMAGE_SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+RESIDENT_BYTES = 2**31  # a folder of equally sized images is kept in memory up to this many bytes
+BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
+
+
+@dataclasses.dataclass
+class Data:
+    """One split: every image in `pixels` where they fit in memory, else decoded from `files` as they are needed."""
+
+    pixels: Tensor | None  # (N, 3, H, W) uint8
+    files: np.ndarray | None  # (N,) paths as bytes: an array, so that workers share it without copying
+    labels: Tensor  # (N,) int64, -1 where unknown
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, index: Tensor) -> "Data":
+        pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
+        files = None if self.files is None else self.files[index.numpy()]
+        return Data(pixels, files, self.labels[index], self.classes)
+
+
+class Crop(NamedTuple):
+    """A random resized crop with flip, made where the image is decoded; `scale` bounds its share of the area."""
+
+    size: int
+    scale: tuple[float, float]
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    flip: float = 0.5
+
+
+def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
+    """(training split, labelled test split or None) of `--dataset`; pixels, if resident, are on `device`."""
+    root = Path(args.data_dir or "data")
+    if args.dataset == "folder":
+        train, test = load_folder(root)
+    elif args.dataset == "patterns":
+        train, test = patterns("train", 5000), patterns("test", 1000)
+    else:
+        train, test = load_torchvision(args.dataset, root)
+    if args.train_limit and args.train_limit < len(train):
+        chosen = np.random.default_rng(args.seed).permutation(len(train))[: args.train_limit]
+        train = train.subset(torch.from_numpy(np.sort(chosen)))
+    for data in (train, test):
+        if data and data.pixels is not None:
+            data.pixels = data.pixels.to(device)
+    return train, test
+
+
+def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
+    """CIFAR-10, CIFAR-100 or STL-10 (with its unlabelled images), downloaded to `root` by rank 0 where missing."""
+
+    def load(train: bool, download: bool) -> Data:
+        if name == "stl10":
+            source = torchvision.datasets.STL10(root, "train+unlabeled" if train else "test", download=download)
+            pixels, labels = torch.from_numpy(source.data), source.labels  # N×3×96×96
+        else:
+            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
+            source = kind(root, train, download=download)
+            pixels, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), source.targets  # N×3×32×32
+        return Data(pixels, None, torch.as_tensor(labels).long(), source.classes)
+
+    def download() -> None:
+        try:
+            load(True, download=True), load(False, download=True)
+        except (OSError, RuntimeError) as error:
+            fail(f"--dataset {name} is not in --data-dir {root} and cannot be downloaded: {error}")
+
+    on_rank_0(download)
+    return load(True, download=False), load(False, download=False)
+
+
+def load_folder(root: Path) -> tuple[Data, Data | None]:
+    """`root/train/<class>/*`, `root/train/*`, `root/<class>/*` or `root/*`, and a labelled test split from `root/val`
+    or `root/test` if there is one. Equally sized images that fit into `RESIDENT_BYTES` are decoded once and kept.
+    """
+    if not root.is_dir():
+        fail(f"--data-dir {root} is not a folder")
+    train_root = root / "train" if (root / "train").is_dir() else root
+    files, labels, classes = list_images(train_root, skip=("val", "test") if train_root == root else ())
+    if not files:
+        fail(f"--data-dir {root} holds no images")
+    train = keep_if_small(Data(None, files, labels, classes))
+    for name in ("val", "test"):
+        files, labels, test_classes = list_images(root / name)
+        if classes and test_classes:
+            if unknown := set(test_classes) - set(classes):
+                fail(f"--data-dir {root}: {name}/ has a class {min(unknown)!r} that the training images have not")
+            labels = torch.tensor([classes.index(c) for c in test_classes])[labels]
+            return train, keep_if_small(Data(None, files, labels, classes))
+    return train, None
+
+
+def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, Tensor, list[str]]:
+    """(files, labels, classes) below `root` in sorted order; hidden files and folders are left out.
+
+    If all images lie in two or more folders, each folder of `root` is a class. Otherwise (images directly in `root`,
+    or in one folder only) they have no class: label -1.
+    """
+    files = []
+    for parent, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not (f.startswith(".") or (parent == str(root) and f in skip)))
+        names = (name for name in sorted(names) if not name.startswith("."))
+        files += [os.path.join(parent, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    folders = [os.path.relpath(file, root).split(os.sep)[:-1][:1] for file in files]
+    classes = sorted({folder[0] for folder in folders if folder})
+    if len(classes) < 2 or not all(folders):
+        classes, labels = [], [-1] * len(files)
+    else:
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number[folder[0]] for folder in folders]
+    return np.array([os.fsencode(file) for file in files]), torch.tensor(labels), classes
+
+
+def keep_if_small(data: Data) -> Data:
+    """Decode the whole split into `pixels` if all images have one size and fit into `RESIDENT_BYTES`."""
+    sizes = {image_size(file) for file in data.files[:: max(1, len(data) // 100)]} - {None}
+    if len(sizes) != 1 or 3 * math.prod(size := sizes.pop()) * len(data) > RESIDENT_BYTES:
+        return data
+    pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
+    bad: dict[str, str] = {}
+
+    def decode(index: int) -> bool:
+        image, errors = read_or_next(data.files, index, to_rgb)
+        count_bad(bad, errors, len(data))
+        if image.size == size:
+            pixels[index] = to_tensor(image)
+        return image.size == size
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        same = all(pool.map(decode, range(len(data)), chunksize=64))
+    return Data(pixels, None, data.labels, data.classes) if same else data
+
+
+def image_size(file: bytes) -> tuple[int, int] | None:
+    """(width, height) as the header says, None where it cannot be read."""
+    try:
+        with Image.open(os.fsdecode(file)) as image:
+            return upright_size(image)
+    except UNREADABLE:
+        return None
+
+
+def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[str, str]]]:
+    """`read` of the opened image at `index`; where that fails, of the next one that can be read. And the failures."""
+    errors = []
+    for offset in range(len(files)):
+        file = os.fsdecode(files[(index + offset) % len(files)])
+        try:
+            with Image.open(file) as image:
+                return read(image), errors
+        except UNREADABLE as error:
+            errors.append((file, f"{type(error).__name__}: {error}"))
+    fail(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
+
+
+def count_bad(known: dict[str, str], errors: list[tuple[str, str]], total: int) -> None:
+    """Warn once about each file that cannot be decoded; more than ten that are also more than 1 % stop the run."""
+    for file, error in errors:
+        if file not in known:
+            warn(f"{file} cannot be decoded and is replaced by another image ({error})")
+            known[file] = error
+    if len(known) > max(10, total / 100):
+        message = f"--data-dir: {len(known)} of {total} files cannot be decoded, the last is {file}; remove them"
+        fail(message, every_rank=True)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) once the EXIF orientation is applied."""
+    turned = image.getexif().get(0x0112, 1) >= 5
+    return image.size[::-1] if turned else image.size
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any opened image as upright RGB.
+
+    Grey is repeated three times, palettes are looked up, CMYK is converted; transparent pixels are laid on white;
+    16-bit and integer images are divided by 257 (65535 becomes 255), float images are taken as 0 to 1; an animation
+    gives its first frame; the EXIF orientation is applied.
+    """
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image of width w and height h -> (3, h, w) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def cut(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[Tensor]:
+    """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8.
+
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is resized to.
+    """
+    width, _ = upright_size(image)
+    reduction = max(1, min(min(box[2:]) // crop.size for box, crop in zip(boxes, crops, strict=True)))
+    image.draft(None, (image.width // reduction, image.height // reduction))
+    rgb = to_rgb(image)
+    scale = rgb.width / width
+    views = []
+    for (top, left, h, w), crop in zip(boxes, crops, strict=True):
+        x0, y0, x1, y1 = (
+            left * scale,
+            top * scale,
+            min((left + w) * scale, rgb.width),
+            min((top + h) * scale, rgb.height),
+        )
+        # Cropping first keeps pixels outside the box out of the resampling, as torchvision's resized_crop does.
+        part = rgb.crop((int(x0), int(y0), math.ceil(x1), math.ceil(y1)))
+        box = (x0 - int(x0), y0 - int(y0), x1 - int(x0), y1 - int(y0))
+        views.append(to_tensor(part.resize((crop.size, crop.size), Image.Resampling[crop.interpolation.upper()], box)))
+    return views
+
+
+class CroppedFiles(torch.utils.data.Dataset):
+    """For loader workers: (epoch, index) -> (views cropped to uint8, files that failed)."""
+
+    def __init__(self, files: np.ndarray, crops: list[Crop], seed: int):
+        self.files, self.crops, self.seed = files, crops, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[tuple[str, str]]]:
+        def read(image: Image.Image) -> list[Tensor]:
+            width, height = upright_size(image)
+            # The draws belong to (seed, epoch, image, view): the number of workers changes nothing.
+            draws = [Draws((self.seed, *key, view), 1) for view in range(len(self.crops))]
+            drawn = list(zip(draws, self.crops, strict=True))
+            boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
+            views = cut(image, boxes, self.crops)
+            return [v.flip(-1) if d.chance(crop.flip) else v for v, (d, crop) in zip(views, drawn, strict=True)]
+
+        return read_or_next(self.files, key[1], read)
+
+
+class CentredFiles(torch.utils.data.Dataset):
+    """For loader workers: index -> ([test view], files that failed): see `centre_box`."""
+
+    def __init__(self, files: np.ndarray, size: int):
+        self.files, self.crop = files, Crop(size, (1, 1), "bilinear")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], list[tuple[str, str]]]:
+        def read(image: Image.Image) -> list[Tensor]:
+            width, height = upright_size(image)
+            return cut(image, [centre_box(height, width, self.crop.size)], [self.crop])
+
+        return read_or_next(self.files, index, read)
+
+
+def collate(items: list[tuple[list[Tensor], list[tuple[str, str]]]]) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    views = [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
+    return views, [error for _, errors in items for error in errors]
+
+
+def keep_signals_to_the_main_process(_: int) -> None:
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def file_loader(dataset: torch.utils.data.Dataset, batches, args) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=keep_signals_to_the_main_process,
+    )
+
+
+def batches(
+    data: Data, crops: list[Crop], args, first_step: int, last_step: int, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[list[Tensor], list[Draws]]]:
+    """For each step: this rank's slice of the batch as one (n, 3, size, size) tensor in [0, 1] per crop, and the
+    draws of each view for `augment`.
+
+    Step s of an epoch takes the same images on any number of processes: rows s·batch_size to (s+1)·batch_size of the
+    epoch's permutation, each rank its contiguous slice. The last, short batch is left out.
+    """
+    rows, steps_per_epoch = my_rows(args.batch_size), len(data) // args.batch_size
+
+    def indices() -> Iterator[tuple[int, np.ndarray]]:
+        order_of = None
+        for step in range(first_step, last_step):
+            epoch, start = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
+            if epoch != order_of:
+                order, order_of = np.random.default_rng((args.seed, epoch)).permutation(len(data)), epoch
+            yield epoch, order[start : start + args.batch_size][rows]
+
+    def draws_of(step: int) -> list[Draws]:
+        return [Draws((args.seed, step, view), args.batch_size, rows) for view in range(len(crops))]
+
+    if data.pixels is not None:
+        for step, (_, index) in enumerate(indices(), first_step):
+            images, draws = data.pixels[torch.from_numpy(index).to(device)].to(dtype) / 255, draws_of(step)
+            yield [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)], draws
+        return
+    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in indices())
+    bad: dict[str, str] = {}
+    loader = file_loader(CroppedFiles(data.files, crops, args.seed), keys, args)
+    for step, (views, errors) in enumerate(loader, first_step):
+        count_bad(bad, errors, len(data))
+        yield [view.to(device, non_blocking=True).to(dtype) / 255 for view in views], draws_of(step)
+
+
+def centre_box(height: int, width: int, size: int) -> list[int]:
+    """The test view as (top, left, height, width): the whole image if it has the size asked for, else the central
+    square of 224/256 of the shorter side, as every ImageNet protocol takes it.
+    """
+    if height == width == size:
+        return [0, 0, height, width]
+    side = round(min(height, width) * 224 / 256)
+    return [(height - side) // 2, (width - side) // 2, side, side]
+
+
+def test_views(data: Data, rows: slice, args, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The images of `rows` without augmentation, normalised, in batches of (<=256, 3, size, size)."""
+    size, batch = args.image_size, 256
+    index = range(len(data))[rows]
+    chunks = [index[i : i + batch] for i in range(0, len(index), batch)]
+    if data.pixels is None:
+        bad: dict[str, str] = {}
+        for (views,), errors in file_loader(CentredFiles(data.files, size), chunks, args):
+            count_bad(bad, errors, len(data))
+            yield normalize(views.to(device, non_blocking=True).to(dtype) / 255, args.mean, args.std)
+        return
+    box = torch.tensor([centre_box(*data.pixels.shape[2:], size)])
+    for chunk in chunks:
+        images = data.pixels[chunk.start : chunk.stop].to(dtype) / 255
+        images = resized_crop(images, box.expand(len(images), 4), size, "bilinear")
+        yield normalize(images, args.mean, args.std)
+
+
+def fit_batch_size(args, images: int):
+    """`--batch-size 0` becomes 256, or the largest power of two that the images allow; an impossible one is refused."""
+    size, world = args.batch_size or min(256, 2 ** int(math.log2(images))), rank_and_world()[1]
+    if size > images:
+        fail(f"--batch-size {size} is larger than the {images} training images")
+    if size % world:
+        fail(f"--batch-size {size} is not divisible by the {world} processes; it is the global batch size")
+    if size < 2 * world:
+        fail(f"--batch-size {size} leaves fewer than two images per process, which BatchNorm needs; use {2 * world}")
+    return dataclasses.replace(args, batch_size=size)
+
+
+# PATTERNS BEGIN
+PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "grid", "weave", "dots", "triangles", "rays", "rings", "clouds")
+
+
+def patterns(split: str, count: int, seed: int = 0) -> Data:
+    """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
+
+    Returns uint8 images (count, 3, 32, 32) and int64 labels (count,); label i is i % 10. The class is the family
+    and nothing else: angle, phase, period, polarity, contrast, a gentle warp and a low-frequency wash of muted
+    colour are drawn anew for every image, so that neither pixels nor colours tell the families apart.
+    """
+    draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
+    labels = np.arange(count) % len(PATTERN_CLASSES)
+    # One row of uniform numbers per image: image i stays the same whatever `count` is.
+    u = draws.random((count, 40, 1, 1), dtype=np.float32)
+    turn, phase = 2 * np.pi * u[:, :4], 2 * np.pi * u[:, 4:8]
+    y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
+
+    def wave(k, period):  # a plane wave of random direction and phase, argument in radians
+        return 2 * np.pi / period * (np.cos(turn[:, k]) * x + np.sin(turn[:, k]) * y) + phase[:, k]
+
+    # Texture coordinates: warped, rotated and counted in periods of 7 to 12 pixels.
+    wx, wy = x + 2 * np.sin(wave(0, 36)), y + 2 * np.sin(wave(1, 36))
+    cos, sin, period = np.cos(turn[:, 2]), np.sin(turn[:, 2]), 7 + 5 * u[:, 8]
+    s, t = (cos * wx + sin * wy) / period, (cos * wy - sin * wx) / period
+
+    field = np.empty_like(s)
+    for label, name in enumerate(PATTERN_CLASSES):
+        own = labels == label
+        field[own] = _FAMILIES[name](s[own], t[own], u[own, 20:])
+    ink = np.tanh(1.5 * period * field) * np.where(u[:, 9] < 0.5, 1, -1)
+    ink -= ink.mean((1, 2), keepdims=True)
+    ink *= (0.12 + 0.1 * u[:, 10]) / (ink.std((1, 2), keepdims=True) + 1e-6)
+
+    wash = wave(3, 45)[:, None] + 0.6 * u[:, 11:14]  # one wave, each channel a little out of step
+    images = 0.5 + ink[:, None] * (0.9 + 0.2 * u[:, 14:17]) + 0.15 * np.sin(wash)
+    images += 0.04 * grains.standard_normal(images.shape, dtype=np.float32)
+    return Data(
+        torch.from_numpy((255 * images.clip(0, 1)).astype(np.uint8)),
+        None,
+        torch.from_numpy(labels),
+        list(PATTERN_CLASSES),
+    )
+
+
+def _wrap(t):
+    """Signed distance to the nearest integer."""
+    return t - np.round(t)
+
+
+def _stripes(s, t, u):
+    return 0.25 - abs(_wrap(s + u[:, 0]))
+
+
+def _zigzag(s, t, u):
+    return 0.25 - abs(_wrap(s + u[:, 0] + 1.6 * abs(_wrap(0.6 * t + u[:, 1]))))
+
+
+def _bricks(s, t, u):
+    s, t = 0.55 * s + u[:, 0], 1.1 * t + u[:, 1]
+    return 0.13 - np.minimum(1.8 * abs(_wrap(s + 0.5 * (np.floor(t) % 2))), abs(_wrap(t)))
+
+
+def _grid(s, t, u):
+    return 0.1 - np.minimum(abs(_wrap(0.85 * s + u[:, 0])), abs(_wrap(0.85 * t + u[:, 1])))
+
+
+def _weave(s, t, u):
+    s, t = 0.6 * s + u[:, 0], 0.6 * t + u[:, 1]
+    return 0.25 - abs(_wrap(3 * np.where((np.floor(s) + np.floor(t)) % 2, s, t)))
+
+
+def _dots(s, t, u):
+    s, t = s + u[:, 0], t + u[:, 1]
+    return 0.27 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
+
+
+def _triangles(s, t, u):
+    s, t = 0.8 * np.pi * (s + 3 * u[:, 0]), 0.8 * np.pi * (t + 3 * u[:, 1])
+    return 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
+
+
+def _rays(s, t, u):
+    return 0.4 * np.sin(np.floor(6 + 6 * u[:, 2]) * np.arctan2(t - 2 * u[:, 1] + 1, s - 2 * u[:, 0] + 1))
+
+
+def _rings(s, t, u):
+    return 0.25 - abs(_wrap(np.hypot(s - 2 * u[:, 0] + 1, t - 2 * u[:, 1] + 1) + u[:, 2]))
+
+
+def _clouds(s, t, u):
+    angle, phase = np.pi * (np.arange(8)[:, None, None] + u[:, :8]) / 8, 2 * np.pi * u[:, 8:16]
+    return 0.04 * np.sin(3.5 * (np.cos(angle) * s[:, None] + np.sin(angle) * t[:, None]) + phase).sum(1)
+
+
+_FAMILIES = {name: globals()["_" + name] for name in PATTERN_CLASSES}
+# PATTERNS END
+
+
+# ----------------------------------------------------------------------------------------------- augmentation
+#
+# Batched: x is (n, 3, H, W) in [0, 1] on any device, and every parameter is a tensor with one entry per image on the
+# CPU. The functions that take `draws` choose those parameters at random; they need `Draws`.
+
+
+def random_boxes(
+    draws: Draws, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Tensor:
+    """(n, 4) boxes (top, left, height, width) as torchvision's RandomResizedCrop draws them: ten tries of an area share
+    uniform in `scale` and an aspect ratio log-uniform in `ratio`; if none fits, the largest central box.
+    """
+    area = height * width * draws.uniform(*scale, 10)  # n×10
+    aspect = draws.uniform(math.log(ratio[0]), math.log(ratio[1]), 10).exp()  # n×10
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # n×10
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # n×1
+    w, h, found = (t.gather(1, first)[:, 0] for t in (w, h, fits))  # n
+    w = w.where(found, torch.tensor(min(width, round(height * ratio[1]))))
+    h = h.where(found, torch.tensor(min(height, round(width / ratio[0]))))
+    top, left = (draws.uniform(0, 1) * (height - h + 1)).floor(), (draws.uniform(0, 1) * (width - w + 1)).floor()
+    top, left = top.where(found, (height - h) // 2), left.where(found, (width - w) // 2)
+    return torch.stack([top, left, h, w], 1).long()
+
+
+def random_resized_crop(x: Tensor, draws: Draws, crop: Crop) -> Tensor:
+    """(n, 3, H, W) -> (n, 3, size, size): a random box of each image, resized, half of them flipped."""
+    boxes = random_boxes(draws, *x.shape[2:], crop.scale)
+    return resized_crop(x, boxes, crop.size, crop.interpolation, draws.chance(crop.flip))
+
+
+def resized_crop(x: Tensor, boxes: Tensor, size: int, interpolation: str, flip: Tensor | None = None) -> Tensor:
+    """Each image's box (top, left, height, width) resized with antialiasing, as torchvision's `resized_crop` does it,
+    and flipped where `flip` says. Resampling is linear and separable, hence two small matrix products per image.
+    """
+    rows = resampling_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], size, interpolation)  # n×s×H
+    columns = resampling_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], size, interpolation)  # n×s×W
+    if flip is not None:
+        columns = columns.flip(1).where(flip[:, None, None], columns)
+    rows, columns = rows.to(x.device, x.dtype), columns.to(x.device, x.dtype)
+    x = torch.bmm(x.flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])  # n×3×H×s
+    x = rows[:, None] @ x  # n×3×s×s
+    return x.clamp(0, 1)  # bicubic overshoots at edges
+
+
+def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str) -> Tensor:
+    """(n, size, pixels): row i holds the weights of output pixel i over the input pixels of [start, start + length)."""
+    step = (length / size)[:, None, None]  # input pixels per output pixel
+    centre = start[:, None, None] + step * (torch.arange(size) + 0.5)[:, None]  # n×size×1
+    position = torch.arange(pixels) + 0.5
+    t = ((position - centre) / step.clamp(min=1)).abs()  # n×size×pixels; shrinking widens the kernel: antialiasing
+    if interpolation == "bicubic":  # Keys' kernel with a = -1/2
+        near, far = (1.5 * t - 2.5) * t**2 + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+        weights = near.where(t < 1, far).where(t < 2, 0)
+    else:
+        weights = (1 - t).clamp(min=0)
+    first, last = start[:, None, None], (start + length)[:, None, None]
+    weights = weights * ((position > first) & (position < last))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def per_image(parameter: Tensor, x: Tensor) -> Tensor:
+    """(n,) parameters on the CPU -> (n, 1, 1, 1) beside x."""
+    return parameter.to(x.device, x.dtype, non_blocking=True)[:, None, None, None]
+
+
+def gray(x: Tensor) -> Tensor:
+    """(n, 3, H, W) -> (n, 1, H, W) luma with ITU-R 601 weights."""
+    return 0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` (n,) of the full circle, in true HSV; images with shift 0 are left alone."""
+    index = shift.nonzero()[:, 0]
+    if len(index) == 0:
+        return x
+    index, shift = index.to(x.device), per_image(shift[index], x)
+    part = x[index]
+    value, low = part.amax(1, keepdim=True), part.amin(1, keepdim=True)  # m×1×H×W
+    chroma = value - low
+    r, g, b = (((value - c) / chroma.where(chroma > 0, 1)) for c in part.split(1, 1))
+    # Six sectors of the colour circle, counted from red: each is the distance from the primary that is largest.
+    hue = (b - g).where(r == 0, (2 + r - b).where(g == 0, 4 + g - r)) + 6 * shift  # m×1×H×W
+    # Back: a channel is low + chroma on its third of the circle, low opposite, linear in between.
+    angle = (hue + torch.tensor([0.0, 4.0, 2.0], dtype=x.dtype, device=x.device)[:, None, None]).remainder(6)
+    turned = low + chroma * ((angle - 3).abs() - 1).clamp(0, 1)  # m×3×H×W
+    return x.index_copy(0, index, turned)
+
+
+def adjust_color(
+    x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, order: Tensor
+) -> Tensor:
+    """Colour jitter with given factors, (n,) each, applied to each image in its own `order`: (n, 4) permutations of
+    0 brightness, 1 contrast, 2 saturation, 3 hue.
+
+    The first three are blends f·x + (1 - f)·other with black, with the mean grey and with the grey image, clipped to
+    [0, 1]; so one blend with per-image factors serves whichever of them is that image's turn. Factor 1 changes nothing.
+    """
+    factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)  # n×4
+    for turn in order.unbind(1):
+        f = per_image(factors.gather(1, turn[:, None])[:, 0], x)
+        grey = gray(x)
+        other = grey.mean((2, 3), keepdim=True) * per_image(turn == 1, x) + grey * per_image(turn == 2, x)
+        x = (f * x + (1 - f) * other).clamp(0, 1)
+        x = adjust_hue(x, hue.where(turn == 3, 0))
+    return x
+
+
+def color_jitter(
+    x: Tensor, draws: Draws, brightness: float, contrast: float, saturation: float, hue: float, p: float
+) -> Tensor:
+    """With probability p: factors uniform in 1 ± strength, hue shift uniform in ± hue, in random order."""
+    jittered = draws.chance(p)
+    factors = [draws.uniform(max(0, 1 - s), 1 + s).where(jittered, 1) for s in (brightness, contrast, saturation)]
+    return adjust_color(x, *factors, draws.uniform(-hue, hue).where(jittered, 0), draws.order(4))
+
+
+def grayscale(x: Tensor, chosen: Tensor) -> Tensor:
+    """The images `chosen` (n,) in grey, three times."""
+    return gray(x).where(per_image(chosen, x) > 0, x)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Blur with an odd `kernel_size` and standard deviation `sigma` (n,) in pixels, mirrored at the border; images with
+    sigma 0 are left alone. Separable and linear: two banded matrix products per image.
+    """
+    index = sigma.nonzero()[:, 0]
+    if len(index) == 0:
+        return x
+    rows, columns = (blur_matrix(sigma[index], kernel_size, side).to(x.device, x.dtype) for side in x.shape[2:])
+    index = index.to(x.device)
+    part = torch.bmm(x[index].flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])
+    return x.index_copy(0, index, rows[:, None] @ part)
+
+
+def blur_matrix(sigma: Tensor, kernel_size: int, pixels: int) -> Tensor:
+    """(n, pixels, pixels): row i holds the Gaussian weights around pixel i, those beyond the border mirrored."""
+    radius = min(kernel_size // 2, pixels - 1)
+    offset = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)  # n×k
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    source = (torch.arange(pixels)[:, None] + offset).abs()  # pixels×k; -1 mirrors to 1
+    source = source.where(source < pixels, 2 * (pixels - 1) - source)
+    matrix = torch.zeros(len(sigma), pixels, pixels, dtype=kernel.dtype)
+    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, pixels, -1))
+
+
+def random_blur(x: Tensor, draws: Draws, p: float) -> Tensor:
+    """With probability p: sigma uniform in 0.1 to 2 pixels, kernel of a tenth of the image (23 at 224)."""
+    sigma = draws.uniform(0.1, 2.0).where(draws.chance(p), 0)
+    return gaussian_blur(x, sigma, 2 * max(2, x.shape[-1] // 20) + 1)
+
+
+def solarize(x: Tensor, chosen: Tensor, threshold: float = 0.5) -> Tensor:
+    """The images `chosen` (n,) with every value from `threshold` upward inverted."""
+    return (1 - x).where((per_image(chosen, x) > 0) & (x >= threshold), x)
+
+
+def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    mean, std = (torch.tensor(t, dtype=x.dtype, device=x.device)[:, None, None] for t in (mean, std))
+    return (x - mean) / std
+
+
+# ------------------------------------------------------------------------------- backbone, optimizer, schedule
+
+
+def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
+
+    `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for images of about
+    32 pixels, is a 3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of
+    every residual branch at zero.
+    """
+    models = torchvision.models
+    if arch == "resnet10":
+        net = models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init)
+    elif arch in models.list_models(module=models.resnet):
+        net = models.get_model(arch, zero_init_residual=zero_init)
+    else:
+        fail(f"--arch {arch} is unknown; take resnet10 or one of {', '.join(models.list_models(module=models.resnet))}")
+    if stem == "small":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The state dict in `file`, without a classifier `fc`. Files that carry code are refused."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: weight for name, weight in state.items() if not name.startswith("fc.")}
+    except FileNotFoundError:
+        fail(f"{file} does not exist")
+    except Exception as error:  # a damaged or foreign file can raise almost anything
+        fail(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+
+
+def load_encoder(net: nn.Module, path: str) -> None:
+    """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
+    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
+    try:
+        net.load_state_dict(read_weights(file))
+    except RuntimeError as error:
+        fail(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+
+
+def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
+    """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
+    shapes = {key: tuple(weight.shape) for key, weight in state.items()}
+    stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
+    for arch in ["resnet10", *torchvision.models.list_models(module=torchvision.models.resnet)]:
+        with torch.device("meta"):
+            net, _ = backbone(arch, stem, zero_init=False)
+        if {key: tuple(weight.shape) for key, weight in net.state_dict().items()} == shapes:
+            return arch, stem
+    fail(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as BYOL, Barlow Twins and VICReg use it.
+
+    With g the gradient, p the weight tensor and m the momentum buffer, for each tensor:
+
+        g <- g + weight_decay * p
+        g <- g * eta * |p| / |g|      if both norms are positive
+        m <- momentum * m + g;   p <- p - lr * m
+
+    In a parameter group with `adapt=False` (biases and BatchNorm) the first two lines are left out: neither weight
+    decay nor adaptation. All tensors of a group are updated by a handful of multi-tensor calls, without reading
+    anything back from the device. Stands alone.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = [p.grad for p in params]
+            if group["adapt"]:
+                if group["weight_decay"]:
+                    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                p_norm = torch.stack(torch._foreach_norm(params))
+                g_norm = torch.stack(torch._foreach_norm(updates))
+                ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
+                updates = torch._foreach_mul(updates, list(ratio.unbind()))
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+    """The value at `step` (from 0): linear from 0 to `peak` over the warm-up, then half a cosine to `final`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step >= total_steps:
+        return final
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    return peak * cosine + final * (1 - cosine)
+
+
+# --------------------------------------------------------------------------------- what the features are worth
+
+
+@torch.no_grad()
+def features(net: nn.Module, data: Data, args, device: torch.device, dtype: torch.dtype, autocast) -> Tensor:
+    """(N, d) float32 features of every image, in eval mode, on all ranks; each rank computes its share."""
+    rank, world = rank_and_world()
+    share = math.ceil(len(data) / world)
+    start = min(rank * share, len(data) - 1)  # a rank beyond the end repeats a row, which is cut off again below
+    was_training = net.training
+    net.eval()
+    rows = []
+    for x in test_views(data, slice(start, max(start + 1, min(start + share, len(data)))), args, device, dtype):
+        with autocast:
+            rows.append(net(x).float())
+    net.train(was_training)
+    mine = torch.cat(rows)
+    return all_gather(F.pad(mine, (0, 0, 0, share - len(mine))))[: len(data)]
+
+
+def knn_scores(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy, fractions, of the weighted nearest-neighbour classifier (Wu et al., arXiv 1805.01978).
+
+    Each test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training
+    images. train_x (N, d), train_y (N,), test_x (M, d), test_y (M,). Stands alone.
+    """
+    train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
+    classes = int(max(train_y.max(), test_y.max())) + 1
+    top1 = top5 = 0
+    for x, y in zip(test_x.split(1024), test_y.split(1024), strict=True):
+        similarity, index = (x @ train_x.T).topk(k, dim=1)  # m×k
+        votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
+        # A common factor decides nothing: with the nearest at exp(0), no temperature overflows.
+        votes.scatter_add_(1, train_y[index], ((similarity - similarity[:, :1]) / temperature).exp())
+        hits = votes.topk(min(5, classes), dim=1).indices == y[:, None]
+        top1, top5 = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item()
+    return {"top1": top1 / len(test_y), "top5": top5 / len(test_y)}
+
+
+def knn_accuracy(
+    train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Top-1 of `knn_scores`."""
+    return knn_scores(train_x, train_y, test_x, test_y, k, temperature)["top1"]
+
+
+@torch.no_grad()
+def embedding_health(z: Tensor) -> dict[str, float]:
+    """Two signs of collapse in a batch of embeddings (n, d).
+
+    embedding_std: standard deviation of z/|z| over the batch, averaged over dimensions; 1/sqrt(d) if isotropic, 0
+    if all embeddings are the same (Chen and He, arXiv 2011.10566, section 4.1).
+    effective_rank: exp of the entropy of the normalised singular values of z/|z|; 1 if all lie on one line, at most
+    min(n, d) (Roy and Vetterli 2007; Garrido et al., arXiv 2210.02885). Taken over the first 512 rows.
+    """
+    z = F.normalize(z.float(), dim=1)
+    rows = z[:512]
+    gram = rows @ rows.T if len(rows) < z.shape[1] else rows.T @ rows
+    singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
+    p = singular / singular.sum()
+    return {"embedding_std": z.std(0).mean().item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+
+# A run may be continued with other values of these flags; the others decide what it computes.
+FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
+FREE_FLAGS |= {"run_dir", "overwrite", "tensorboard"}
+RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
+
+
+def prepare(method: str, args, recipes: dict[str, dict[str, Any]]):
+    """Check the flags and name the run folder: runs/<method>, then every flag that differs from its recipe's value."""
+    check_args(args)
+    if args.run_dir:
+        return args
+    usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
+    if args.data_dir and args.dataset == "folder":
+        usual["dataset"] = "folder"  # --data-dir says it
+    named = {name: value for name, value in dataclasses.asdict(args).items() if value != usual[name]}
+    for name in FREE_FLAGS - {"epochs", "max_steps"}:
+        named.pop(name, None)
+    parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
+    return dataclasses.replace(args, run_dir=str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_"))))
+
+
+class Run:
+    """What a run leaves behind: args.json, metrics.jsonl, checkpoint.pt, encoder.pt and heads.pt in its folder.
+
+    Steps count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
+    """
+
+    def __init__(self, args, train: Data, test: Data | None, device: torch.device, dtype: torch.dtype, autocast):
+        self.args, self.folder = args, Path(args.run_dir)
+        self.train, self.test, self.device, self.dtype, self.autocast = train, test, device, dtype, autocast
+        self.steps_per_epoch = len(train) // args.batch_size
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
+        self.first_step = 0
+        self.metrics: dict[str, float] = {}  # the latest of each
+        self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last log
+        self.collapsed: set[str] = set()  # signs seen at the last log
+        self.board = None
+        on_rank_0(self._open_folder)
+        self.clock = (time.perf_counter(), 0)  # (time, step) of the last log
+        self.signal, self.handlers = 0, {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _) -> None:
+        self.signal = number
+
+    def _open_folder(self) -> None:
+        args, train, world = self.args, self.train, rank_and_world()[1]
+        mine = json.loads(json.dumps(dataclasses.asdict(args)))
+        try:
+            if args.overwrite:
+                for name in RUN_FILES:
+                    (self.folder / name).unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / "args.json"
+            if file.exists():
+                old = json.loads(file.read_text())
+                changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
+                if changed:
+                    was = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)} and is now {mine[n]}" for n in changed)
+                    fail(f"{self.folder} holds another run: {was}; take another --run-dir, or --overwrite it")
+                if mine["epochs"] < old["epochs"]:
+                    fail(f"{self.folder} was begun with --epochs {old['epochs']}; take as many or more to continue it")
+            atomic_write(file, json.dumps(mine, indent=1).encode())
+        except (OSError, ValueError) as error:
+            fail(f"--run-dir {self.folder} cannot be used: {error}")
+        if args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                fail("--tensorboard needs the tensorboard package: pip install tensorboard")
+            self.board = SummaryWriter(str(self.folder))
+        kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
+        scored = (
+            f"{len(self.test)} test images of {len(train.classes)} classes" if self.test else "no labelled test split"
+        )
+        cuda = self.device.type == "cuda"
+        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+        print(f"{self.folder}: {len(train)} training images {kept}, {scored}")
+        print(
+            f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}; {self.total_steps} steps, "
+            f"{self.steps_per_epoch} per epoch; learning rate {args.base_lr:g} at 256 images",
+            flush=True,
+        )
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Load the folder's checkpoint, if there is one, into the objects of `state`; the loop goes on after it."""
+        saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
+        if saved is None:
+            return
+        for name, thing in state.items():
+            thing.load_state_dict(saved[name])
+        self.first_step = saved["step"]
+        self.clock = (time.perf_counter(), self.first_step)
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        files = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+        files = [file for file in files if file.exists()]
+        for file in files:
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file can raise almost anything
+                warn(f"{file} cannot be read ({type(error).__name__})")
+                continue
+            self._rewind_metrics(saved["step"])
+            print(f"continuing after step {saved['step']} of {self.last_step}", flush=True)
+            if saved["step"] >= self.last_step:
+                print("this run is finished: more --epochs continue it, --overwrite starts it anew", flush=True)
+            return saved
+        if files:
+            fail(f"no checkpoint in {self.folder} can be read; --overwrite starts the run anew")
+        self._rewind_metrics(-1)
+        return None
+
+    def _rewind_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: those steps are taken again."""
+        file = self.folder / "metrics.jsonl"
+        kept = []
+        for line in file.read_text().splitlines() if file.exists() else []:
+            with contextlib.suppress(ValueError):  # a line cut off by a kill
+                record = json.loads(line)
+                if record["step"] <= step:
+                    kept.append(line + "\n")
+                    self.metrics |= record
+        atomic_write(file, "".join(kept).encode())
+
+    def _due(self, step: int, epochs: int) -> bool:
+        return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
+
+    def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
+        """Every --log-every steps: a line on the console and in metrics.jsonl, with two signs of collapse in z (n, d)."""
+        self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
+        if step % self.args.log_every and step != self.last_step:
+            return
+        values = self._check_finite()
+        health = embedding_health(all_gather(z.detach()))
+        now, (then, then_step) = time.perf_counter(), self.clock
+        self.clock = (now, step)
+        rate = (step - then_step) / (now - then)  # steps per second
+        epoch, images_per_s = step / self.steps_per_epoch, rate * self.args.batch_size
+        self._write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
+        isotropic, left = z.shape[1] ** -0.5, (self.last_step - step) / rate
+        std, effective_rank = health.values()
+        if rank_and_world()[0] > 0:
+            return
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(
+            f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
+            f"std {std:.4f} of {isotropic:.4f}  rank {effective_rank:.1f}  "
+            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left",
+            flush=True,
+        )
+        signs = {}
+        if std < isotropic / 20:
+            signs["std"] = (
+                f"the normalised embeddings have std {std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
+            )
+        if effective_rank < 1.5:
+            signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
+        for sign in signs.keys() - self.collapsed:
+            warn(f"collapse at step {step}: {signs[sign]}")
+        self.collapsed = set(signs)
+
+    def evaluate(self, step: int, net: nn.Module) -> None:
+        """Every --eval-every epochs, at the end, and of the untrained network: kNN top-1 of `net` on the test split,
+        with at most `BANK_LIMIT` labelled training images to compare with.
+        """
+        if self.test is None or not self._due(step, self.args.eval_every):
+            return
+        self._check_finite()
+        began = time.perf_counter()
+        bank = (self.train.labels >= 0).nonzero()[:, 0]
+        bank = self.train.subset(bank[torch.linspace(0, len(bank) - 1, min(len(bank), BANK_LIMIT)).long()])
+        how = (self.args, self.device, self.dtype, self.autocast)
+        train_x, test_x = features(net, bank, *how), features(net, self.test, *how)
+        train_y, test_y = bank.labels.to(self.device), self.test.labels.to(self.device)
+        knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=min(20, len(bank)))
+        self._write({"step": step, "knn_top1": knn_top1})
+        if rank_and_world()[0] == 0:
+            what = f"step {step}/{self.last_step}" if step else "untrained network"
+            print(f"{what}: online kNN {100 * knn_top1:.1f} %", flush=True)
+        self._do_not_count(began)
+
+    def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
+        """Every --save-every epochs, at the end and on a signal, which then ends the run: checkpoint and weights.
+
+        `model.backbone` goes to encoder.pt under torchvision's names, everything else of `model` to heads.pt.
+        """
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)  # all ranks stop after the same step
+        number = number.item()
+        if not (number or self._due(step, self.args.save_every)):
+            return
+        began = time.perf_counter()
+        self._check_finite()
+        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
+            stop(f"step {step}: a weight is no longer finite; nothing was saved since it broke; lower --base-lr")
+        on_rank_0(lambda: self._write_weights(step, model, state))
+        if number:
+            if rank_and_world()[0] == 0:
+                print(f"{signal.Signals(number).name}: saved after step {step}; the same command continues", flush=True)
+            self.close()
+            raise SystemExit(128 + number)
+        self._do_not_count(began)
+
+    def _write_weights(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
+        weights = model.state_dict()
+        encoder = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
+        heads = {name: w for name, w in weights.items() if not name.startswith("backbone.")}
+        checkpoint = {name: thing.state_dict() for name, thing in state.items()} | {"step": step}
+        try:
+            # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
+            atomic_save(self.folder / "encoder.pt", encoder)
+            atomic_save(self.folder / "heads.pt", heads)
+            atomic_save(self.folder / "checkpoint.pt", checkpoint, keep_as=self.folder / "checkpoint.previous.pt")
+        except (OSError, RuntimeError) as error:
+            stop(f"step {step}: cannot save to {self.folder} ({error}); the checkpoint before it is intact")
+
+    def _check_finite(self) -> dict[str, float]:
+        """The loss and terms of the last step, averaged over ranks, once those of every step since the last look are
+        known to be finite. Reads from the device.
+        """
+        if not self.unchecked:
+            return {}
+        steps, rates, names, values = zip(*self.unchecked, strict=True)
+        self.unchecked.clear()
+        table = torch.stack(values).double()  # steps×terms
+        if dist.is_initialized():
+            dist.all_reduce(table)
+            table /= dist.get_world_size()
+        for step, lr, row in zip(steps, rates, table.tolist(), strict=True):
+            row = dict(zip(names[0], row, strict=True))
+            broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
+            if broken:
+                stop(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
+        return row
+
+    def _do_not_count(self, began: float) -> None:
+        """Keep the time since `began` out of images per second."""
+        self.clock = (self.clock[0] + time.perf_counter() - began, self.clock[1])
+
+    def _write(self, record: dict[str, float]) -> None:
+        self.metrics |= record
+        on_rank_0(lambda: self._append(record))
+
+    def _append(self, record: dict[str, float]) -> None:
+        try:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            stop(f"step {record['step']}: cannot write to {self.folder} ({error})")
+        if self.board:
+            for name in record.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, record[name], record["step"])
+
+    def close(self) -> dict[str, float]:
+        """Hand back signals and the process group; return the latest value of every metric."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.board:
+            self.board.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return self.metrics
+
+
+def atomic_write(file: Path, content: bytes) -> None:
+    """Replace `file` in one step: whoever reads it sees the old content or the new, never a part."""
+    with _replacing(file) as temporary:
+        temporary.write(content)
+
+
+def atomic_save(file: Path, content: dict[str, Any], keep_as: Path | None = None) -> None:
+    """`torch.save` in one step; with `keep_as`, what was in `file` before stays under that name."""
+    with _replacing(file, keep_as) as temporary:
+        torch.save(content, temporary)
+
+
+@contextlib.contextmanager
+def _replacing(file: Path, keep_as: Path | None = None) -> Iterator[typing.BinaryIO]:
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        if keep_as and file.exists():
+            os.replace(file, keep_as)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
