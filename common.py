@@ -377,39 +377,36 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     if not root.is_dir():
         fail(f"--data-dir {root} is not a folder")
     train_root = root / "train" if (root / "train").is_dir() else root
-    files, labels, classes = list_images(train_root, skip=("val", "test") if train_root == root else ())
-    if not files:
+    files, folders = list_images(train_root, skip=("val", "test") if train_root == root else ())
+    if len(files) == 0:
         fail(f"--data-dir {root} holds no images")
-    train = keep_if_small(Data(None, files, labels, classes))
-    for name in ("val", "test"):
-        files, labels, test_classes = list_images(root / name)
-        if classes and test_classes:
-            if unknown := set(test_classes) - set(classes):
-                fail(f"--data-dir {root}: {name}/ has a class {min(unknown)!r} that the training images have not")
-            labels = torch.tensor([classes.index(c) for c in test_classes])[labels]
-            return train, keep_if_small(Data(None, files, labels, classes))
+    classes = sorted(set(folders))
+    if len(classes) < 2 or "" in classes:  # images beside the folders, or all in one: nobody sorted them into classes
+        return keep_if_small(Data(None, files, torch.full((len(files),), -1), [])), None
+    number = {name: label for label, name in enumerate(classes)}
+    train = keep_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
+    for split in ("val", "test"):
+        files, folders = list_images(root / split)
+        if unknown := set(folders) - {""} - set(classes):
+            fail(f"--data-dir {root}: {split}/ has a class {min(unknown)!r} that the training images have not")
+        if len(files) and "" not in folders:
+            return train, keep_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
     return train, None
 
 
-def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, Tensor, list[str]]:
-    """(files, labels, classes) below `root` in sorted order; hidden files and folders are left out.
-
-    If all images lie in two or more folders, each folder of `root` is a class. Otherwise (images directly in `root`,
-    or in one folder only) they have no class: label -1.
+def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
+    """All images below `root` in sorted order, and for each the folder of `root` it lies in, "" if in none. Hidden
+    files and folders are left out, and the folders `skip` of `root`.
     """
-    files = []
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not (f.startswith(".") or (parent == str(root) and f in skip)))
-        names = (name for name in sorted(names) if not name.startswith("."))
-        files += [os.path.join(parent, name) for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    folders = [os.path.relpath(file, root).split(os.sep)[:-1][:1] for file in files]
-    classes = sorted({folder[0] for folder in folders if folder})
-    if len(classes) < 2 or not all(folders):
-        classes, labels = [], [-1] * len(files)
-    else:
-        number = {name: label for label, name in enumerate(classes)}
-        labels = [number[folder[0]] for folder in folders]
-    return np.array([os.fsencode(file) for file in files]), torch.tensor(labels), classes
+    files, folders = [], []
+    for parent, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(f for f in below if not (f.startswith(".") or (parent == str(root) and f in skip)))
+        names = [name for name in sorted(names) if not name.startswith(".")]
+        names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+        first = Path(parent).relative_to(root).parts[:1]
+        files += [os.fsencode(os.path.join(parent, name)) for name in names]
+        folders += ["".join(first)] * len(names)
+    return np.array(files), folders
 
 
 def keep_if_small(data: Data) -> Data:
@@ -450,7 +447,7 @@ def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[s
             with Image.open(file) as image:
                 return read(image), errors
         except UNREADABLE as error:
-            errors.append((file, f"{type(error).__name__}: {error}"))
+            errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
     fail(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
 
 
@@ -916,6 +913,10 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 # ------------------------------------------------------------------------------- backbone, optimizer, schedule
 
 
+_MODELS = torchvision.models.list_models(torchvision.models)
+ARCHITECTURES = ["resnet10", *(name for name in _MODELS if name.startswith(("resnet", "resnext", "wide_resnet")))]
+
+
 def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
 
@@ -923,13 +924,13 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
     32 pixels, is a 3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of
     every residual branch at zero.
     """
-    models = torchvision.models
+    if arch not in ARCHITECTURES:
+        fail(f"--arch {arch} is unknown; take one of {', '.join(ARCHITECTURES)}")
     if arch == "resnet10":
-        net = models.resnet.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init)
-    elif arch in models.list_models(module=models.resnet):
-        net = models.get_model(arch, zero_init_residual=zero_init)
+        block = torchvision.models.resnet.BasicBlock
+        net = torchvision.models.ResNet(block, [1, 1, 1, 1], zero_init_residual=zero_init)
     else:
-        fail(f"--arch {arch} is unknown; take resnet10 or one of {', '.join(models.list_models(module=models.resnet))}")
+        net = torchvision.models.get_model(arch, zero_init_residual=zero_init)
     if stem == "small":
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -962,7 +963,7 @@ def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
     """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
     shapes = {key: tuple(weight.shape) for key, weight in state.items()}
     stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
-    for arch in ["resnet10", *torchvision.models.list_models(module=torchvision.models.resnet)]:
+    for arch in ARCHITECTURES:
         with torch.device("meta"):
             net, _ = backbone(arch, stem, zero_init=False)
         if {key: tuple(weight.shape) for key, weight in net.state_dict().items()} == shapes:
@@ -1081,9 +1082,9 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     min(n, d) (Roy and Vetterli 2007; Garrido et al., arXiv 2210.02885). Taken over the first 512 rows.
     """
     z = F.normalize(z.float(), dim=1)
-    rows = z[:512]
+    rows = z[:512].double()
     gram = rows @ rows.T if len(rows) < z.shape[1] else rows.T @ rows
-    singular = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt()
+    singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular / singular.sum()
     return {"embedding_std": z.std(0).mean().item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
 

@@ -64,7 +64,7 @@ class Args:
     batch_size: int = 256  # of the linear classifier
     seed: int = 0  # of the label subset, the held-out images and the order
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the features
-    workers: int = 4  # for images that do not fit in memory
+    workers: int = 2  # for images that do not fit in memory
 
 
 LEARNING_RATES = (

@@ -88,7 +88,7 @@ class Args:
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
-    workers: int = 4  # per process, for images that do not fit in memory
+    workers: int = 2  # per process, for images that do not fit in memory
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints

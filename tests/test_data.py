@@ -1,0 +1,241 @@
+"""Folders of every shape, files of every kind, and the order and sameness of batches."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+from common import Crop
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+close = torch.testing.assert_close
+
+
+@dataclasses.dataclass
+class Options:
+    dataset: str = "folder"
+    data_dir: str = ""
+    train_limit: int = 0
+    batch_size: int = 4
+    image_size: int = 16
+    seed: int = 0
+    workers: int = 0
+    mean: tuple = (0.0, 0.0, 0.0)
+    std: tuple = (1.0, 1.0, 1.0)
+
+
+def write(file: Path, size: tuple[int, int] = (20, 24), colour: int | None = None) -> None:
+    """A PNG of (width, height) `size`, of one colour or of noise that depends on the name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(list(file.name.encode()))
+    pixels = random.integers(0, 256, (*size[::-1], 3)) if colour is None else np.full((*size[::-1], 3), colour)
+    Image.fromarray(pixels.astype(np.uint8)).save(file)
+
+
+def load(root: Path, **options):
+    return common.load_data(Options(data_dir=str(root), **options), CPU)
+
+
+# ------------------------------------------------------------------------------------------------- layouts
+
+
+def test_classes_and_validation_split(tmp_path):
+    for name in ("train/cat/b.png", "train/cat/a.png", "train/dog/deep/c.png", "val/dog/d.png", "train/.trash/e.png"):
+        write(tmp_path / name)
+    train, test = load(tmp_path)
+    assert train.classes == ["cat", "dog"] and train.labels.tolist() == [0, 0, 1]
+    assert test.labels.tolist() == [1], "the number of a class is that of the training images"
+
+
+@pytest.mark.parametrize("names", [["train/a.png", "train/b.png"], ["a.png", "b.png"], ["x/a.png", "x/b.png"]])
+def test_without_classes_there_are_no_labels_and_no_test_split(tmp_path, names):
+    for name in [*names, "val/cat/v.png"]:
+        write(tmp_path / name)
+    train, test = load(tmp_path)
+    assert train.labels.tolist() == [-1, -1] and train.classes == [] and test is None
+
+
+def test_classes_without_train_folder(tmp_path):
+    for name in ("cat/a.png", "dog/b.png", "test/cat/t.png", "readme.txt", "Thumbs.db"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("no image")
+    train, test = load(tmp_path)
+    assert train.labels.tolist() == [0, 1] and test.labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: write(p / "a.txt.png" / "x.gif.txt")])
+def test_a_missing_or_empty_folder_is_answered_in_one_line(tmp_path, capsys, make):
+    if make.__code__.co_names != ("write",):
+        make(tmp_path / "photos")
+    with pytest.raises(SystemExit) as end:
+        load(tmp_path / "photos")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--data-dir" in said and said.count("\n") == 1
+
+
+def test_a_class_only_in_the_test_split_is_named(tmp_path, capsys):
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/emu/d.png"):
+        write(tmp_path / name)
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert "'emu'" in capsys.readouterr().err
+
+
+def test_equal_sizes_are_kept_in_memory_and_mixed_ones_are_not(tmp_path):
+    for i in range(5):
+        write(tmp_path / "same" / f"{i}.png")
+        write(tmp_path / "mixed" / f"{i}.png", (20 + i, 24))
+    assert load(tmp_path / "same")[0].pixels.shape == (5, 3, 24, 20)
+    assert load(tmp_path / "mixed")[0].pixels is None
+
+
+def test_train_limit_takes_a_random_subset_that_the_seed_decides(tmp_path):
+    for i in range(20):
+        write(tmp_path / f"{i:02}.png", (20 + i, 24))
+    names = [load(tmp_path, train_limit=7, seed=s)[0].files.tolist() for s in (0, 0, 1)]
+    assert len(names[0]) == 7 and names[0] == names[1] != names[2]
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def rgb(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.array(common.to_rgb(image))
+
+
+def test_every_mode_becomes_rgb_by_the_stated_rule(tmp_path):
+    ramp = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    grey = np.stack([ramp] * 3, 2)
+    Image.fromarray(ramp).save(tmp_path / "grey.png")
+    assert (rgb(tmp_path / "grey.png") == grey).all()
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16bit.png")
+    assert (rgb(tmp_path / "16bit.png") == grey).all()
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "float.tiff")
+    assert (rgb(tmp_path / "float.tiff") == grey).all()
+    Image.fromarray(ramp).convert("1").save(tmp_path / "bits.png")
+    assert set(np.unique(rgb(tmp_path / "bits.png"))) <= {0, 255}
+    palette = Image.fromarray(grey).quantize(16)
+    palette.save(tmp_path / "palette.png")
+    assert (rgb(tmp_path / "palette.png") == np.array(palette.convert("RGB"))).all()
+    alpha = np.concatenate([grey, np.zeros((8, 8, 1), np.uint8)], 2)
+    alpha[:4, :, 3] = 255
+    Image.fromarray(alpha).save(tmp_path / "alpha.png")
+    assert (rgb(tmp_path / "alpha.png")[:4] == grey[:4]).all() and (rgb(tmp_path / "alpha.png")[4:] == 255).all()
+    Image.fromarray(grey).convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.abs(rgb(tmp_path / "cmyk.jpg").astype(int) - grey).max() < 12
+    first, second = Image.fromarray(grey), Image.fromarray(255 - grey)
+    first.save(tmp_path / "film.gif", save_all=True, append_images=[second])
+    assert np.abs(rgb(tmp_path / "film.gif").astype(int) - grey).max() < 12
+    Image.fromarray(grey[:1, :1]).save(tmp_path / "one.png")
+    assert rgb(tmp_path / "one.png").shape == (1, 1, 3)
+
+
+def spoil(folder: Path, count: int) -> list[str]:
+    """Files that look like images and are none: text, empty, cut off, noise."""
+    write(folder / "whole.jpg")
+    whole = (folder / "whole.jpg").read_bytes()
+    kinds = [b"this is text", b"", whole[: len(whole) // 3], bytes(range(256)) * 4]
+    for i in range(count):
+        (folder / f"bad{i:02}.jpg").write_bytes(kinds[i % len(kinds)])
+    return [f"bad{i:02}.jpg" for i in range(count)]
+
+
+@pytest.mark.parametrize("sizes", ["same", "mixed"])
+def test_a_file_that_cannot_be_decoded_is_named_once_and_replaced(tmp_path, capsys, sizes):
+    for i in range(12):
+        write(tmp_path / f"{i:02}.png", (20 + i * (sizes == "mixed"), 24))
+    bad = spoil(tmp_path, 4)
+    (tmp_path / "whole.jpg").unlink()
+    train, _ = load(tmp_path)
+    assert (train.pixels is None) == (sizes == "mixed")
+    views = list(common.batches(train, [Crop(16, (0.08, 1))] * 2, Options(), 0, 12, CPU, FLOAT))
+    said = capsys.readouterr().err
+    assert len(views) == 12 and all(view.isfinite().all() for crops, _ in views for view in crops)
+    assert all(said.count(name) == 1 for name in bad) and said.count("\n") == 4
+
+
+def test_more_than_ten_bad_files_stop_the_run(tmp_path, capsys):
+    for i in range(30):
+        write(tmp_path / f"{i:02}.png", (20 + i, 24))
+    spoil(tmp_path, 11)
+    train, _ = load(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        list(common.batches(train, [Crop(16, (0.08, 1))], Options(), 0, 40, CPU, FLOAT))
+    assert end.value.code == 2 and "11 of 42 files cannot be decoded" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.fixture(params=["resident", "files"])
+def data(request, tmp_path) -> common.Data:
+    for i in range(14):
+        write(tmp_path / f"{i:02}.png", (20 + i * (request.param == "files"), 24))
+    return load(tmp_path)[0]
+
+
+CROPS = [Crop(16, (0.08, 1.0)), Crop(8, (0.05, 0.14), "bilinear")]
+
+
+def test_an_epoch_takes_every_image_at_most_once_and_no_short_batch(data):
+    """Each image is painted in its own colour, so that a view tells which image it comes from."""
+    if data.pixels is not None:
+        data.pixels[:] = torch.arange(14, dtype=torch.uint8)[:, None, None, None]
+    else:
+        for i, file in enumerate(data.files):
+            write(Path(file.decode()), (20 + i, 24), colour=i)
+    seen = [
+        (255 * crops[0][:, 0, 0, 0]).round().int().tolist()
+        for crops, _ in common.batches(data, CROPS, Options(), 0, 6, CPU, FLOAT)
+    ]
+    assert [len(batch) for batch in seen] == [4] * 6
+    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    assert len(set(first)) == len(set(second)) == 12 and first != second
+
+
+def test_views_have_their_sizes_and_range(data):
+    (large, small), draws = next(common.batches(data, CROPS, Options(), 0, 1, CPU, FLOAT))
+    assert large.shape == (4, 3, 16, 16) and small.shape == (4, 3, 8, 8)
+    assert large.dtype == FLOAT and 0 <= large.min() and large.max() <= 1
+    assert draws[0].chance(0.5).shape == (4,)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+def test_any_start_any_number_of_workers_gives_the_same_views(data):
+    def steps(first, workers):
+        options = Options(workers=workers)
+        return [
+            (views, [d.uniform(0, 1) for d in draws])
+            for views, draws in common.batches(data, CROPS, options, first, 5, CPU, FLOAT)
+        ]
+
+    want = steps(0, 0)
+    for first, workers in [(0, 0), (2, 0), (4, 0)] + ([(0, 1), (3, 3)] if data.pixels is None else []):
+        for (views, draws), (other, other_draws) in zip(want[first:], steps(first, workers), strict=True):
+            for a, b in zip([*views, *draws], [*other, *other_draws], strict=True):
+                close(a, b, rtol=0, atol=0)
+
+
+def test_every_rank_takes_its_slice_of_the_same_batch(data, monkeypatch):
+    def steps():
+        return [views for views, _ in common.batches(data, CROPS, Options(), 0, 4, CPU, torch.float64)]
+
+    want, world = steps(), 2
+    for rank in range(world):
+        monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, world))
+        for views, whole in zip(steps(), want, strict=True):
+            for part, full in zip(views, whole, strict=True):
+                close(part, full[rank * 2 : rank * 2 + 2], rtol=0, atol=1e-12)
+
+
+def test_test_views_are_central_and_normalised(data):
+    options = Options(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    (views,) = common.test_views(data, slice(3, 9), options, CPU, FLOAT)
+    assert views.shape == (6, 3, 16, 16) and views.min() < -1 and views.max() > 1
+    assert common.centre_box(16, 16, 16) == [0, 0, 16, 16], "images of the right size are taken whole"
+    assert common.centre_box(256, 320, 224) == [16, 48, 224, 224]
