@@ -252,30 +252,30 @@ def main(args: Args) -> dict[str, float]:
     # --- end shared: setup ---
 
     model = VICReg(args)
+    # --- shared: model ---
     if args.init:
         load_encoder(model.backbone, args.init)
     model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
+    # --- end shared: model ---
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]  # biases and BatchNorm: no decay, no adaptation
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    if args.optimizer == "lars":
-        groups[1]["adapt"] = False
-        optimizer = LARS(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
+    # --- shared: optimizer ---
+    make = LARS if args.optimizer == "lars" else torch.optim.SGD
+    optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-
+    # --- end shared: optimizer ---
     # --- shared: resume ---
     run.resume(state)
     if args.compile:
         model.compile()
     network = distribute(model, device)
     views = batches(train, crops(args), args, run.first_step, run.last_step, device, dtype)
-    peak_lr = args.base_lr * args.batch_size / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
     if run.first_step == 0:
         run.evaluate(0, model.backbone)
     # --- end shared: resume ---
+    peak_lr = args.base_lr * args.batch_size / 256
 
     for step, ((x1, x2), (draws1, draws2)) in enumerate(views, run.first_step):
         lr = cosine_schedule(step, run.total_steps, warmup_steps, peak_lr, final=peak_lr / 1000)
@@ -287,12 +287,15 @@ def main(args: Args) -> dict[str, float]:
             z1, z2 = network(x1, x2)  # n×d each
         loss, terms = vicreg_loss(z1, z2, args.sim_coeff, args.std_coeff, args.cov_coeff)
 
-        # --- shared: update ---
+        # --- shared: backward ---
         optimizer.zero_grad()
         scaler.scale(loss).backward()
+        # --- end shared: backward ---
+        # --- shared: step ---
         scaler.step(optimizer)
         scaler.update()
-        # --- end shared: update ---
+        # --- end shared: step ---
+
         # --- shared: report ---
         run.log(step + 1, loss, terms, lr, z1)
         run.evaluate(step + 1, model.backbone)

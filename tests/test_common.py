@@ -1,6 +1,7 @@
 """Command line, LARS, the schedule, nearest neighbours, signs of collapse, backbones and saved files."""
 
 import dataclasses
+import itertools
 import math
 from typing import Literal
 
@@ -179,8 +180,8 @@ def test_schedule_rises_from_0_to_the_peak_then_falls_to_the_end(warmup, rest, p
     total = warmup + rest
     values = [cosine_schedule(step, total, warmup, peak, final) for step in range(total + 1)]
     assert values[warmup] == pytest.approx(peak) and values[-1] == pytest.approx(final)
-    assert all(a < b for a, b in zip(values[:warmup], values[1 : warmup + 1], strict=True))
-    assert all(a >= b - 1e-12 for a, b in zip(values[warmup:-1], values[warmup + 1 :], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(values[: warmup + 1]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values[warmup:]))
     if warmup:
         assert values[0] == 0 and values[1] == pytest.approx(peak / warmup)
 

@@ -194,14 +194,14 @@ def test_an_epoch_takes_every_image_at_most_once_and_no_short_batch(data):
         for crops, _ in common.batches(data, CROPS, Options(), 0, 6, CPU, FLOAT)
     ]
     assert [len(batch) for batch in seen] == [4] * 6
-    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    first, second = [i for b in seen[:3] for i in b], [i for b in seen[3:] for i in b]
     assert len(set(first)) == len(set(second)) == 12 and first != second
 
 
 def test_views_have_their_sizes_and_range(data):
     (large, small), draws = next(common.batches(data, CROPS, Options(), 0, 1, CPU, FLOAT))
     assert large.shape == (4, 3, 16, 16) and small.shape == (4, 3, 8, 8)
-    assert large.dtype == FLOAT and 0 <= large.min() and large.max() <= 1
+    assert large.dtype == FLOAT and large.min() >= 0 and large.max() <= 1
     assert draws[0].chance(0.5).shape == (4,)
 
 
