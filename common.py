@@ -1223,7 +1223,7 @@ class Run:
         return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
 
     def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
-        """Every --log-every steps: a line on the console and in metrics.jsonl, with the state of embeddings z (n, d)."""
+        """Every --log-every steps: a line on the console and in metrics.jsonl, with the state of z (n, d)."""
         self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
         if step % self.args.log_every and step != self.last_step:
             return
