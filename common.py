@@ -339,7 +339,7 @@ def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
     else:
         train, test = load_torchvision(args.dataset, root)
     if args.train_limit and args.train_limit < len(train):
-        chosen = np.random.default_rng(args.seed).permutation(len(train))[: args.train_limit]
+        chosen = np.random.default_rng(0).permutation(len(train))[: args.train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
     for data in (train, test):
         if data and data.pixels is not None:
@@ -649,53 +649,12 @@ def fit_batch_size(args, images: int):
 
 
 # PATTERNS BEGIN
-PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "grid", "weave", "dots", "triangles", "rays", "rings", "clouds")
-
-
-def patterns(split: str, count: int, seed: int = 0) -> Data:
-    """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
-
-    Returns uint8 images (count, 3, 32, 32) and int64 labels (count,); label i is i % 10. The class is the family
-    and nothing else: angle, phase, period, polarity, contrast, a gentle warp and a low-frequency wash of muted
-    colour are drawn anew for every image, so that neither pixels nor colours tell the families apart.
-    """
-    draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
-    labels = np.arange(count) % len(PATTERN_CLASSES)
-    # One row of uniform numbers per image: image i stays the same whatever `count` is.
-    u = draws.random((count, 40, 1, 1), dtype=np.float32)
-    turn, phase = 2 * np.pi * u[:, :4], 2 * np.pi * u[:, 4:8]
-    y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
-
-    def wave(k, period):  # a plane wave of random direction and phase, argument in radians
-        return 2 * np.pi / period * (np.cos(turn[:, k]) * x + np.sin(turn[:, k]) * y) + phase[:, k]
-
-    # Texture coordinates: warped, rotated and counted in periods of 7 to 12 pixels.
-    wx, wy = x + 2 * np.sin(wave(0, 36)), y + 2 * np.sin(wave(1, 36))
-    cos, sin, period = np.cos(turn[:, 2]), np.sin(turn[:, 2]), 7 + 5 * u[:, 8]
-    s, t = (cos * wx + sin * wy) / period, (cos * wy - sin * wx) / period
-
-    field = np.empty_like(s)
-    for label, name in enumerate(PATTERN_CLASSES):
-        own = labels == label
-        field[own] = _FAMILIES[name](s[own], t[own], u[own, 20:])
-    ink = np.tanh(1.5 * period * field) * np.where(u[:, 9] < 0.5, 1, -1)
-    ink -= ink.mean((1, 2), keepdims=True)
-    ink *= (0.12 + 0.1 * u[:, 10]) / (ink.std((1, 2), keepdims=True) + 1e-6)
-
-    wash = wave(3, 45)[:, None] + 0.6 * u[:, 11:14]  # one wave, each channel a little out of step
-    images = 0.5 + ink[:, None] * (0.9 + 0.2 * u[:, 14:17]) + 0.15 * np.sin(wash)
-    images += 0.04 * grains.standard_normal(images.shape, dtype=np.float32)
-    return Data(
-        torch.from_numpy((255 * images.clip(0, 1)).astype(np.uint8)),
-        None,
-        torch.from_numpy(labels),
-        list(PATTERN_CLASSES),
-    )
-
-
 def _wrap(t):
     """Signed distance to the nearest integer."""
     return t - np.round(t)
+
+
+# Texture families: (n, 32, 32) coordinates in periods and (n, 16, 1, 1) uniform numbers -> ink where positive.
 
 
 def _stripes(s, t, u):
@@ -712,38 +671,76 @@ def _bricks(s, t, u):
 
 
 def _grid(s, t, u):
-    return 0.1 - np.minimum(abs(_wrap(0.85 * s + u[:, 0])), abs(_wrap(0.85 * t + u[:, 1])))
-
-
-def _weave(s, t, u):
-    s, t = 0.6 * s + u[:, 0], 0.6 * t + u[:, 1]
-    return 0.25 - abs(_wrap(3 * np.where((np.floor(s) + np.floor(t)) % 2, s, t)))
+    return 0.1 - np.minimum(abs(_wrap(0.75 * s + u[:, 0])), abs(_wrap(0.75 * t + u[:, 1])))
 
 
 def _dots(s, t, u):
     s, t = s + u[:, 0], t + u[:, 1]
-    return 0.27 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
+    return 0.25 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
 
 
 def _triangles(s, t, u):
-    s, t = 0.8 * np.pi * (s + 3 * u[:, 0]), 0.8 * np.pi * (t + 3 * u[:, 1])
+    s, t = 0.7 * np.pi * (s + 3 * u[:, 0]), 0.7 * np.pi * (t + 3 * u[:, 1])
     return 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
 
 
 def _rays(s, t, u):
-    return 0.4 * np.sin(np.floor(6 + 6 * u[:, 2]) * np.arctan2(t - 2 * u[:, 1] + 1, s - 2 * u[:, 0] + 1))
+    s, t = s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)
+    return 0.4 * np.sin(np.floor(6 + 6 * u[:, 2]) * np.arctan2(t, s))
 
 
 def _rings(s, t, u):
-    return 0.25 - abs(_wrap(np.hypot(s - 2 * u[:, 0] + 1, t - 2 * u[:, 1] + 1) + u[:, 2]))
+    return 0.25 - abs(_wrap(np.hypot(s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)) + u[:, 2]))
+
+
+def _spiral(s, t, u):
+    s, t = s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)
+    return 0.25 * np.sin(np.pi * np.hypot(s, t) + 4 * np.sign(u[:, 2] - 0.5) * np.arctan2(t, s))
 
 
 def _clouds(s, t, u):
-    angle, phase = np.pi * (np.arange(8)[:, None, None] + u[:, :8]) / 8, 2 * np.pi * u[:, 8:16]
-    return 0.04 * np.sin(3.5 * (np.cos(angle) * s[:, None] + np.sin(angle) * t[:, None]) + phase).sum(1)
+    angle, phase = np.pi / 8 * (np.arange(8, dtype=np.float32)[:, None, None] + u[:, :8]), 2 * np.pi * u[:, 8:]
+    return 0.04 * np.sin(3 * (np.cos(angle) * s[:, None] + np.sin(angle) * t[:, None]) + phase).sum(1)
 
 
-_FAMILIES = {name: globals()["_" + name] for name in PATTERN_CLASSES}
+_FAMILIES = dict(
+    stripes=_stripes, zigzag=_zigzag, bricks=_bricks, grid=_grid, dots=_dots,
+    triangles=_triangles, rays=_rays, rings=_rings, spiral=_spiral, clouds=_clouds,
+)  # fmt: skip
+PATTERN_CLASSES = tuple(_FAMILIES)
+
+
+def patterns(split: str, count: int, seed: int = 0) -> Data:
+    """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
+
+    The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and
+    nothing else: angle, phase, period, polarity, contrast, a faint wash of colour and pixel noise are drawn anew for
+    every image. The colours are muted, lest they tell images apart and make the family superfluous.
+    """
+    draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
+    u = draws.random((count, 28, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
+    labels = np.arange(count) % len(PATTERN_CLASSES)
+
+    y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
+    turn, period = 2 * np.pi * u[:, 0], 5.5 + 2.5 * u[:, 1]  # pixels
+    s, t = (np.cos(turn) * x + np.sin(turn) * y) / period, (np.cos(turn) * y - np.sin(turn) * x) / period
+    ink = np.empty_like(s)
+    for label, family in enumerate(_FAMILIES.values()):
+        own = labels == label
+        ink[own] = family(s[own], t[own], u[own, 12:])
+    ink = np.tanh(1.5 * period * ink) * np.sign(u[:, 2] - 0.5)  # soft edges, either polarity
+    ink -= ink.mean((1, 2), keepdims=True)
+    ink *= (0.13 + 0.06 * u[:, 3]) / (ink.std((1, 2), keepdims=True) + 1e-6)
+
+    turn, phase = 2 * np.pi * u[:, 4], 2 * np.pi * u[:, 5:6] + 0.6 * u[:, 6:9]  # the channels a little out of step
+    wash = np.sin(2 * np.pi / 45 * (np.cos(turn) * x + np.sin(turn) * y)[:, None] + phase)
+    images = grains.standard_normal(wash.shape, dtype=np.float32)
+    images *= 0.08
+    images += 0.5 + 0.1 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 9:12])
+    pixels = torch.from_numpy((255 * images.clip(0, 1)).astype(np.uint8))
+    return Data(pixels, None, torch.from_numpy(labels), list(PATTERN_CLASSES))
+
+
 # PATTERNS END
 
 

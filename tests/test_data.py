@@ -93,11 +93,12 @@ def test_equal_sizes_are_kept_in_memory_and_mixed_ones_are_not(tmp_path):
     assert load(tmp_path / "mixed")[0].pixels is None
 
 
-def test_train_limit_takes_a_random_subset_that_the_seed_decides(tmp_path):
+def test_train_limit_takes_a_random_subset_the_same_for_every_seed(tmp_path):
     for i in range(20):
         write(tmp_path / f"{i:02}.png", (20 + i, 24))
-    names = [load(tmp_path, train_limit=7, seed=s)[0].files.tolist() for s in (0, 0, 1)]
-    assert len(names[0]) == 7 and names[0] == names[1] != names[2]
+    everything = load(tmp_path)[0].files.tolist()
+    first, second = (load(tmp_path, train_limit=7, seed=s)[0].files.tolist() for s in (0, 1))
+    assert first == second == sorted(first) and len(first) == 7 and first != everything[:7]
 
 
 # --------------------------------------------------------------------------------------------------- files
