@@ -234,7 +234,7 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):  # a method's own kinds stay as they are
             module.__class__ = SyncBatchNorm  # same parameters, buffers and state-dict keys
     return model
 
@@ -637,8 +637,8 @@ def test_views(data: Data, rows: slice, args, device: torch.device, dtype: torch
 
 
 def fit_batch_size(args, images: int):
-    """`--batch-size 0` becomes 256, or the largest power of two that the images allow; an impossible one is refused."""
-    size, world = args.batch_size or min(256, 2 ** int(math.log2(images))), rank_and_world()[1]
+    """`--batch-size 0` becomes 128, or the largest power of two that the images allow; an impossible one is refused."""
+    size, world = args.batch_size or min(128, 2 ** int(math.log2(images))), rank_and_world()[1]
     if size > images:
         fail(f"--batch-size {size} is larger than the {images} training images")
     if size % world:
@@ -648,13 +648,15 @@ def fit_batch_size(args, images: int):
     return dataclasses.replace(args, batch_size=size)
 
 
-# PATTERNS BEGIN
-def _wrap(t):
-    """Signed distance to the nearest integer."""
-    return t - np.round(t)
+# --------------------------------------------------------------------------------------------------- patterns
 
 
 # Texture families: (n, 32, 32) coordinates in periods and (n, 16, 1, 1) uniform numbers -> ink where positive.
+
+
+def _wrap(t):
+    """Signed distance to the nearest integer."""
+    return t - np.round(t)
 
 
 def _stripes(s, t, u):
@@ -713,35 +715,32 @@ PATTERN_CLASSES = tuple(_FAMILIES)
 def patterns(split: str, count: int, seed: int = 0) -> Data:
     """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
 
-    The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and
-    nothing else: angle, phase, period, polarity, contrast, a faint wash of colour and pixel noise are drawn anew for
-    every image. The colours are muted, lest they tell images apart and make the family superfluous.
+    The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and nothing else: angle, phase,
+    period, polarity, contrast, brightness, a faint wash of colour and pixel noise are drawn anew for every image. The
+    colours are muted, lest they tell images apart and make the family superfluous.
     """
     draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
-    u = draws.random((count, 28, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
+    u = draws.random((count, 29, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
     labels = np.arange(count) % len(PATTERN_CLASSES)
 
     y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
-    turn, period = 2 * np.pi * u[:, 0], 5.5 + 2.5 * u[:, 1]  # pixels
+    turn, period = 2 * np.pi * u[:, 0], 5 * 2 ** (1.2 * u[:, 1])  # pixels
     s, t = (np.cos(turn) * x + np.sin(turn) * y) / period, (np.cos(turn) * y - np.sin(turn) * x) / period
     ink = np.empty_like(s)
     for label, family in enumerate(_FAMILIES.values()):
         own = labels == label
-        ink[own] = family(s[own], t[own], u[own, 12:])
+        ink[own] = family(s[own], t[own], u[own, 13:])
     ink = np.tanh(1.5 * period * ink) * np.sign(u[:, 2] - 0.5)  # soft edges, either polarity
     ink -= ink.mean((1, 2), keepdims=True)
-    ink *= (0.13 + 0.06 * u[:, 3]) / (ink.std((1, 2), keepdims=True) + 1e-6)
+    ink *= (0.08 + 0.1 * u[:, 3]) / (ink.std((1, 2), keepdims=True) + 1e-6)
 
     turn, phase = 2 * np.pi * u[:, 4], 2 * np.pi * u[:, 5:6] + 0.6 * u[:, 6:9]  # the channels a little out of step
     wash = np.sin(2 * np.pi / 45 * (np.cos(turn) * x + np.sin(turn) * y)[:, None] + phase)
     images = grains.standard_normal(wash.shape, dtype=np.float32)
-    images *= 0.08
-    images += 0.5 + 0.1 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 9:12])
+    images *= 0.05
+    images += 0.5 + 0.2 * (u[:, 12:13] - 0.5) + 0.1 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 9:12])
     pixels = torch.from_numpy((255 * images.clip(0, 1)).astype(np.uint8))
     return Data(pixels, None, torch.from_numpy(labels), list(PATTERN_CLASSES))
-
-
-# PATTERNS END
 
 
 # ----------------------------------------------------------------------------------------------- augmentation

@@ -71,11 +71,11 @@ class Args:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 256, or what a smaller dataset allows
-    epochs: int = 20  # passes over the training images
+    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 2.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
@@ -96,24 +96,25 @@ class Args:
     projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
     projector_dim: int = 128  # d, width of the embeddings
     jitter_strength: float = 1.0  # s, strength of the colour jitter (appendix A)
-    crop_min_scale: float = 0.08  # smallest share of the area that a crop keeps
+    crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
-    blur: bool = True  # Gaussian blur
+    blur: bool = False  # Gaussian blur; part of the paper's views, for large images
 
 
 RECIPES = {
     "quick": {},
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=10, base_lr=1.0,
-        weight_decay=1e-4, temperature=0.5, jitter_strength=0.5, blur=False, log_every=50, eval_every=10, save_every=10,
+        weight_decay=1e-4, temperature=0.5, jitter_strength=0.5, crop_min_scale=0.08,
+        log_every=50, eval_every=10, save_every=10,
     ),
     # Section 2 and the official code, which train 100 to 1000 epochs.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=1000, warmup_epochs=10, base_lr=0.3,
-        weight_decay=1e-6, temperature=0.1, projector_hidden=2048, workers=12,
-        log_every=50, eval_every=10, save_every=1,
+        weight_decay=1e-6, temperature=0.1, projector_hidden=2048, crop_min_scale=0.08, blur=True,
+        workers=12, log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
 

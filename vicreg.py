@@ -77,11 +77,11 @@ class Args:
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 256, or what a smaller dataset allows
-    epochs: int = 20  # passes over the training images
+    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 2.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
@@ -104,11 +104,11 @@ class Args:
     expander_dim: int = 1024  # d, width of the embeddings
     shared_weights: bool = True  # one network for both views, or one for each
     arch2: str = ""  # backbone of the second view, if not the same; implies --no-shared-weights
-    crop_min_scale: float = 0.08  # smallest share of the area that a crop keeps
+    crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
-    blur: bool = True  # Gaussian blur
+    blur: bool = False  # Gaussian blur; part of the paper's views, for large images
     solarize: bool = True  # invert bright values
 
 
@@ -116,14 +116,13 @@ RECIPES = {
     "quick": {},
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=256, epochs=200, warmup_epochs=10, base_lr=2.0,
-        weight_decay=1e-4, expander_hidden=2048, expander_dim=2048, crop_min_scale=0.2, blur=False,
-        log_every=50, eval_every=10, save_every=10,
+        weight_decay=1e-4, expander_hidden=2048, expander_dim=2048, log_every=50, eval_every=10, save_every=10,
     ),
     # Section 4.2 and the official code. 100 epochs: --epochs 100 --base-lr 0.3.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=2048, epochs=1000, warmup_epochs=10, base_lr=0.2,
-        weight_decay=1e-6, expander_hidden=8192, expander_dim=8192, workers=12,
-        log_every=50, eval_every=10, save_every=1,
+        weight_decay=1e-6, expander_hidden=8192, expander_dim=8192, crop_min_scale=0.08, blur=True,
+        workers=12, log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
 

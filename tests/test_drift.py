@@ -12,15 +12,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-METHODS = ["simclr", "vicreg"]
 REGIONS = ["args", "setup", "model", "optimizer", "resume", "backward", "step", "report"]
 REGION = re.compile(r"^ *# --- shared: (\w+) ---\n(.*?)^ *# --- end shared: \1 ---\n", re.M | re.S)
 
 # Shared flags whose default is another than SimCLR's, and why.
 OTHER_DEFAULTS = {
     "vicreg": {"mean", "std"},
+    "barlow": {"mean", "std"},
+    "byol": {"mean", "std"},
+    "simsiam": {"mean", "std", "base_lr", "optimizer", "weight_decay", "warmup_epochs"},
+    "swav": {"mean", "std"},
+    "moco": {"mean", "std", "base_lr", "optimizer", "weight_decay", "warmup_epochs"},
 }
 
 

@@ -1,0 +1,58 @@
+"""The methods, and how to run each of them in a second: few images, small heads."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Small values of each method's own flags; the first method is the one that the others are compared with.
+SMALL = {
+    "simclr": {"projector_hidden": 24, "projector_dim": 16},
+    "vicreg": {"expander_hidden": 24, "expander_dim": 40},
+    "barlow": {"projector_hidden": 24, "projector_dim": 40},
+    "byol": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24},
+    "simsiam": {"projector_dim": 24},
+    "swav": {"projector_hidden": 24, "projector_dim": 16, "prototypes": 10, "small_crops": 2, "small_size": 8}
+    | {"queue_length": 32, "queue_start_epoch": 0, "freeze_prototypes_epochs": 0.5},
+    "moco": {"head_dim": 16, "queue_size": 32, "bn_groups": 4},
+}
+METHODS = list(SMALL)
+
+TINY = {"image_size": 16, "batch_size": 16, "train_limit": 64, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
+TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
+
+
+def module(method: str):
+    return importlib.import_module(method)
+
+
+def tiny(method: str, run_dir: Path, **flags):
+    """The method's Args for a run of 12 steps on 64 images."""
+    return module(method).Args(**{**TINY, **SMALL[method], "run_dir": str(run_dir), **flags})
+
+
+def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str]:
+    """The same run as a command line."""
+    flags = {**TINY, **SMALL[method], "run_dir": str(run_dir), **flags}
+    line = [str(ROOT / f"{method}.py")]
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            line.append(flag if value else "--no-" + flag[2:])
+        else:
+            line += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), *line]
+
+
+def run(line: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=timeout)
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

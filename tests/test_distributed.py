@@ -1,0 +1,173 @@
+"""The number of processes is a matter of speed, never of result."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from methods import METHODS, metrics, module, tiny
+from torch import Tensor, nn
+from worlds import run_on
+
+import common
+
+close = torch.testing.assert_close
+WORLDS = [1, 2, 4]
+
+# What is trained on every number of processes: eight steps and more, in both precisions, under both optimizers.
+RUNS = {
+    "float64 lars": {"precision": "fp64", "optimizer": "lars"},
+    "float64 sgd": {"precision": "fp64", "optimizer": "sgd", "base_lr": 0.2},
+    "float32 lars": {"precision": "fp32", "optimizer": "lars"},
+}
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
+
+
+def train(method: str, folder: str, flags: dict) -> dict[str, float]:
+    return module(method).main(tiny(method, Path(folder), **flags))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder <world>/<method> <run> for every combination, all trained."""
+    root = tmp_path_factory.mktemp("worlds")
+    torch.set_num_threads(1)
+    for world in WORLDS:
+        jobs = [
+            (train, (m, str(root / str(world) / f"{m} {name}"), flags)) for m in METHODS for name, flags in RUNS.items()
+        ]
+        if world == 1:
+            for job, arguments in jobs:
+                job(*arguments)
+        else:
+            run_on(world, jobs)
+    return root
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_weights_are_those_of_one_process(runs, method, name, world):
+    alone, together = runs / "1" / f"{method} {name}", runs / str(world) / f"{method} {name}"
+    tolerance = TOLERANCE[name.split()[0]]
+    want, got = metrics(alone), metrics(together)
+    assert len(want) == len(got) >= 8
+    for a, b in zip(want, got, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"images_per_s", "knn_top1", "effective_rank"}:
+            same = math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=tolerance / 10)
+            assert same, (a["step"], key, a[key], b[key])
+        if "knn_top1" in a and name.startswith("float64"):
+            assert a["knn_top1"] == b["knn_top1"]
+    if name.startswith("float64"):
+        for file in ("encoder.pt", "heads.pt"):
+            a, b = torch.load(alone / file, weights_only=True), torch.load(together / file, weights_only=True)
+            assert a.keys() == b.keys()
+            for key in a:
+                close(b[key], a[key], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_begun_on_four_processes_and_continued_on_one_is_the_run_on_two(runs, method, tmp_path):
+    flags = RUNS["float64 lars"]
+    run_on(4, [(train, (method, str(tmp_path), {**flags, "max_steps": 5}))])
+    train(method, str(tmp_path), flags)
+    for a, b in zip(metrics(runs / "2" / f"{method} float64 lars"), metrics(tmp_path), strict=True):
+        for key in a.keys() - {"images_per_s", "effective_rank"}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-9, abs_tol=1e-10), (a["step"], key)
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def vicreg(z1: Tensor, z2: Tensor) -> Tensor:
+    return module("vicreg").vicreg_loss(z1, z2)[0]
+
+
+def simclr(z1: Tensor, z2: Tensor) -> Tensor:
+    return module("simclr").nt_xent_loss(z1, z2, 0.5)[0]
+
+
+LOSSES = {"vicreg": vicreg, "simclr": simclr}
+
+
+def embeddings() -> list[Tensor]:
+    """Two views, 12 rows that grow from rank to rank, so that no symmetry between ranks can hide an error."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.arange(1, 13, dtype=torch.float64)[:, None]
+    return [torch.randn(12, 5, generator=generator, dtype=torch.float64) * size + size for _ in range(2)]
+
+
+def gradient(name: str) -> tuple[Tensor, list[Tensor]]:
+    """(loss, gradients) averaged over ranks as DDP does it: every rank's share of the sum, divided by the world."""
+    rank, world = common.rank_and_world()
+    views = [z[common.my_rows(12)].clone().requires_grad_() for z in embeddings()]
+    loss = LOSSES[name](*views)
+    loss.backward()
+    if world == 1:
+        return loss.detach(), [z.grad for z in views]
+    with torch.no_grad():
+        return common.all_gather(loss[None]).mean(), [common.all_gather(z.grad) / world for z in views]
+
+
+@pytest.fixture(scope="module")
+def gradients() -> dict[int, list]:
+    jobs = [(gradient, (name,)) for name in LOSSES]
+    return {world: run_on(world, jobs) for world in (2, 4)}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_of_a_loss_is_that_of_one_process(gradients, name, world):
+    want, want_gradients = gradient(name)
+    for loss, got in gradients[world][list(LOSSES).index(name)]:
+        close(loss, want, rtol=1e-10, atol=1e-12)
+        for a, b in zip(got, want_gradients, strict=True):
+            close(a, b, rtol=1e-10, atol=1e-10)
+
+
+# ---------------------------------------------------------------------------------------- the pieces themselves
+
+
+def gathered_product() -> tuple[Tensor, Tensor]:
+    """A loss in which every rank weighs the gathered rows differently: the true gradient is the sum of the weights."""
+    rank, world = common.rank_and_world()
+    x = (torch.arange(3.0, dtype=torch.float64) + 10 * rank).requires_grad_()
+    rows = common.all_gather(x)
+    (rows * (rank + 1) * torch.arange(1, len(rows) + 1)).sum().backward()
+    return rows.detach(), x.grad
+
+
+def normalised(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """SyncBatchNorm's output, gradient and running statistics, gathered; BatchNorm's on one process."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8, *shape, generator=generator, dtype=torch.float64) * torch.arange(1, 9).view(8, *[1] * len(shape))
+    weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    norm = (nn.BatchNorm1d if len(shape) == 1 else nn.BatchNorm2d)(shape[0]).double()
+    norm = common.sync_batchnorm(norm, torch.device("cpu"))
+    rows = common.my_rows(8)
+    mine = x[rows].clone().requires_grad_()
+    y = norm(mine)
+    (y * weight[rows]).sum().backward()
+    with torch.no_grad():
+        return common.all_gather(y), common.all_gather(mine.grad), norm.running_mean, norm.running_var
+
+
+def test_all_gather_keeps_the_order_of_ranks_and_sums_the_gradients_of_all():
+    (results,) = run_on(3, [(gathered_product, ())])
+    for rank, (rows, grad) in enumerate(results):
+        close(rows, torch.tensor([0.0, 1, 2, 10, 11, 12, 20, 21, 22], dtype=torch.float64))
+        close(grad, (1 + 2 + 3) * torch.arange(1.0, 10, dtype=torch.float64)[3 * rank : 3 * rank + 3])
+
+
+def test_all_gather_of_one_process_is_the_identity():
+    x = torch.ones(3, requires_grad=True)
+    assert common.all_gather(x) is x
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 5)])
+def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(shape):
+    want = normalised(shape)
+    for got in run_on(4, [(normalised, (shape,))])[0]:
+        for a, b in zip(got, want, strict=True):
+            close(a, b, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,289 @@
+"""Every method as a user runs it: what a run leaves behind, what it prints, how it continues, how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from methods import METHODS, ROOT, command, metrics, module, run, tiny
+from PIL import Image
+
+import common
+import evaluate
+
+SETTINGS = {"epoch", "loss", "lr", "images_per_s", "embedding_std", "effective_rank"}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tmp_path_factory) -> tuple[str, Path, dict[str, float]]:
+    """(method, folder, what main returned) of one whole tiny run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.set_num_threads(1)
+    return request.param, folder, module(request.param).main(tiny(request.param, folder))
+
+
+def test_a_run_leaves_its_flags_metrics_checkpoint_and_weights(finished):
+    method, folder, last = finished
+    assert {f.name for f in folder.iterdir()} == set(common.RUN_FILES)
+    lines = metrics(folder)
+    steps = [line for line in lines if "loss" in line]
+    scores = [line for line in lines if "knn_top1" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["step"] for line in scores] == [0, 8, 12], "the untrained network, every second epoch, the end"
+    assert all(SETTINGS < line.keys() and line["epoch"] == line["step"] / 4 for line in steps)
+    assert all(0 <= line["knn_top1"] <= 1 for line in scores)
+    assert last["step"] == 12 and last["loss"] == steps[-1]["loss"] and last["knn_top1"] == scores[-1]["knn_top1"]
+    assert json.loads((folder / "args.json").read_text())["batch_size"] == 16
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 12
+    assert torch.load(folder / "checkpoint.previous.pt", weights_only=True)["step"] == 8
+
+
+def test_the_encoder_is_a_torchvision_state_dict_and_the_heads_are_beside_it(finished):
+    method, folder, _ = finished
+    encoder = torch.load(folder / "encoder.pt", weights_only=True)
+    net, _ = common.backbone("resnet10", "imagenet", zero_init=False)
+    net.load_state_dict(encoder)
+    heads = torch.load(folder / "heads.pt", weights_only=True)
+    assert heads and not any(name.startswith("backbone.") for name in heads)
+
+
+def test_evaluate_finds_what_the_run_found(finished, capsys):
+    method, folder, last = finished
+    record = evaluate.main(evaluate.Args(str(folder)))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    assert record["top1"] == pytest.approx(last["knn_top1"])
+
+
+def test_the_first_learning_rate_and_the_schedule_are_logged(finished):
+    method, folder, _ = finished
+    rates = [line["lr"] for line in metrics(folder) if "lr" in line]
+    peak = max(rates)
+    assert 0 < peak and rates[-1] < 0.1 * peak
+
+
+def test_help_explains_every_flag(capsys):
+    for method in METHODS:
+        with pytest.raises(SystemExit) as end:
+            common.parse_args(module(method).Args, module(method).RECIPES, ["--help"])
+        assert end.value.code == 0 and "--batch-size" in capsys.readouterr().out
+        source = (ROOT / f"{method}.py").read_text()
+        fields = source[source.index("class Args:") : source.index("RECIPES = {")]
+        bare = [line for line in fields.splitlines() if line.startswith("    ") and ":" in line and "  # " not in line]
+        assert [line for line in bare if not line.strip().startswith("# ---")] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("recipe", ["quick", "cifar", "imagenet"])
+def test_recipes_name_flags_that_exist(method, recipe):
+    common.parse_args(module(method).Args, module(method).RECIPES, ["--recipe", recipe])
+
+
+def test_the_run_folder_is_named_after_what_changes_the_result(tmp_path, monkeypatch):
+    def name(line: str) -> str:
+        args = common.parse_args(module("vicreg").Args, module("vicreg").RECIPES, line.split())
+        return common.prepare("vicreg", args, module("vicreg").RECIPES).run_dir
+
+    assert name("") == "runs/vicreg"
+    assert name("--batch-size 1024") == "runs/vicreg-batch_size=1024"
+    assert name("--log-every 1 --workers 0 --eval-every 9") == "runs/vicreg"
+    assert name("--recipe cifar --epochs 3") == "runs/vicreg-recipe=cifar-epochs=3"
+    assert name("--data-dir /a/b") == "runs/vicreg-data_dir=_a_b"
+    assert name("--run-dir x --seed 4") == "x"
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+def test_training_on_patterns_lowers_the_loss_and_raises_the_neighbours_accuracy(tmp_path):
+    """A few minutes' training in half a minute: half the images, small batches."""
+    args = module("vicreg").Args(train_limit=2000, batch_size=128, epochs=6, eval_every=6, run_dir=str(tmp_path))
+    module("vicreg").main(args)
+    lines = metrics(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    untrained, trained = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    assert trained > untrained + 0.05
+
+
+# ------------------------------------------------------------------------------------------------------ resume
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "encoder.pt", weights_only=True)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_was_stopped_continues_to_the_same_weights_and_metrics(method, finished, tmp_path, capsys):
+    done, folder, _ = finished
+    if done != method:
+        return
+    module(method).main(tiny(method, tmp_path, max_steps=5))
+    module(method).main(tiny(method, tmp_path))
+    assert "continuing after step 5 of 12" in capsys.readouterr().out
+    assert same(weights(tmp_path), weights(folder))
+    drop = ("images_per_s",)
+    kept = [{k: v for k, v in line.items() if k not in drop} for line in metrics(tmp_path) if "loss" in line]
+    assert kept == [{k: v for k, v in line.items() if k not in drop} for line in metrics(folder) if "loss" in line]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    method, folder, last = finished
+    before = (folder / "encoder.pt").read_bytes()
+    assert module(method).main(tiny(method, folder)) == last
+    assert "this run is finished" in capsys.readouterr().out
+    assert (folder / "encoder.pt").read_bytes() == before
+
+
+def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
+    vicreg = module("vicreg")
+    vicreg.main(tiny("vicreg", tmp_path, max_steps=2))
+    for flags, named in [({"base_lr": 9.0}, "--base-lr was 2.0 and is now 9.0"), ({"epochs": 2}, "--epochs 3")]:
+        with pytest.raises(SystemExit) as end:
+            vicreg.main(tiny("vicreg", tmp_path, **flags))
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and named in said and said.count("\n") == 1
+    vicreg.main(tiny("vicreg", tmp_path, max_steps=2, base_lr=9.0, overwrite=True))
+    assert "continuing" not in capsys.readouterr().out
+    vicreg.main(tiny("vicreg", tmp_path, epochs=4, base_lr=9.0, max_steps=3))
+    assert "continuing after step 2 of 3" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    vicreg = module("vicreg")
+    vicreg.main(tiny("vicreg", tmp_path))
+    want = weights(tmp_path)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    vicreg.main(tiny("vicreg", tmp_path))
+    told = capsys.readouterr()
+    assert "checkpoint.pt cannot be read" in told.err and "continuing after step 8 of 12" in told.out
+    assert same(weights(tmp_path), want)
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit):
+        vicreg.main(tiny("vicreg", tmp_path))
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(number, tmp_path):
+    process = subprocess.Popen(
+        command("vicreg", tmp_path, epochs=500, save_every=500, eval_every=500),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if "step 3/" in line:
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and err == ""
+    assert "the same command continues" in out
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= step < 2000 and metrics(tmp_path)[-1]["step"] == step
+
+
+# ------------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(tmp_path, capsys):
+    vicreg = module("vicreg")
+    vicreg.main(tiny("vicreg", tmp_path, max_steps=4))
+    with pytest.raises(SystemExit) as end:
+        vicreg.main(poisoned(tmp_path))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "step 5" in said and "invariance is nan" in said and "learning rate" in said
+    assert torch.load(tmp_path / "checkpoint.previous.pt", weights_only=True)["step"] == 4
+
+
+def poisoned(folder: Path):
+    """The flags of a run whose last checkpoint carries a weight that is not a number."""
+    file = folder / "checkpoint.pt"
+    saved = torch.load(file, weights_only=True)
+    (folder / "checkpoint.previous.pt").write_bytes(file.read_bytes())
+    saved["model"]["backbone.conv1.weight"][0, 0, 0, 0] = torch.nan
+    torch.save(saved, file)
+    return tiny("vicreg", folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        module("vicreg").main(tiny("vicreg", tmp_path))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "cannot save" in said and "the checkpoint before it is intact" in said
+
+
+# ---------------------------------------------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("--batch-size 5001", "--batch-size 5001 is larger than the 5000 training images"),
+        ("--batch-size 1", "--batch-size"),
+        ("--batch-size -4", "--batch-size"),
+        ("--data-dir /nowhere", "--data-dir /nowhere"),
+        ("--dataset folder", "--data-dir"),
+        ("--dataset patterns --data-dir x", "--data-dir"),
+        ("--recipe huge", "--recipe"),
+        ("--lr 3", "--lr"),
+        ("--epochs 0", "--epochs"),
+        ("--precision fp16", "--precision fp16"),
+        ("--arch vgg", "--arch vgg"),
+        ("--init /nowhere.pt", "/nowhere.pt"),
+        ("--init {bad}", "not a file of weights"),
+        ("--init {other}", "--init"),
+        ("--mean 0 0", "--mean"),
+        ("--std 0 1 1", "--std"),
+        ("--tensorboard", "--tensorboard"),
+    ],
+)
+def test_wrong_use_is_answered_in_one_line_with_exit_code_2(line, named, tmp_path, capsys, monkeypatch):
+    (tmp_path / "bad.pt").write_text("text")
+    torch.save(common.backbone("resnet18", "small", zero_init=False)[0].state_dict(), tmp_path / "other.pt")
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    line = line.format(bad=tmp_path / "bad.pt", other=tmp_path / "other.pt")
+    vicreg = module("vicreg")
+    with pytest.raises(SystemExit) as end:
+        flags = f"--max-steps 1 --run-dir {tmp_path / 'run'} {line}".split()
+        vicreg.main(common.parse_args(vicreg.Args, vicreg.RECIPES, flags))
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert named in said and said.count("\n") == 1 and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "line, named", [("--batch-size 9", "not divisible by the 2 processes"), ("--seeed 1", "--seeed")]
+)
+def test_under_torchrun_too(line, named, tmp_path):
+    done = run([*command("vicreg", tmp_path, processes=2), *line.split()])
+    own = [text for text in done.stderr.splitlines() if "vicreg.py: error" in text]
+    assert done.returncode != 0 and len(own) == 1 and named in own[0]
+    assert 'vicreg.py", line' not in done.stderr, "no traceback of ours"
+
+
+# ------------------------------------------------------------------------------------- photographs, odd folders
+
+
+def test_photographs_without_classes_of_all_sizes(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(9):
+        pixels = random.integers(0, 256, (30 + 5 * i, 50 - 3 * i, 3)).astype(np.uint8)
+        Image.fromarray(pixels).convert("L" if i % 3 else "RGB").save(tmp_path / "photos" / f"{i}.jpg")
+    vicreg = module("vicreg")
+    line = f"--data-dir {tmp_path / 'photos'} --epochs 2 --workers 1 --run-dir {tmp_path / 'run'}"
+    vicreg.main(common.parse_args(vicreg.Args, vicreg.RECIPES, line.split()))
+    out = capsys.readouterr().out
+    assert "9 training images decoded by 1 workers" in out and "batch 8" in out and "no labelled test split" in out
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [2]
