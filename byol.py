@@ -28,7 +28,7 @@ again once the target tells images apart, so a low loss alone is no sign of good
 Where this file, the paper and the official code differ
     initial target    a copy of the online network (official code: random weights of its own, from another seed). A
                       moving average has to start somewhere; a few times 1/(1 - tau) steps later no start is left of
-                      it, but short runs would spend them on chasing noise, and `--init` would not reach the target
+                      it, but a short run would spend them predicting a random network, which `--init` would not reach
     residual branches start at zero, as the official code (paper: not)
     brightness        multiplicative, as torchvision (official code: additive)
     initial weights   torchvision's and PyTorch's (official code: truncated normal, biases 0)

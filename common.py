@@ -4,7 +4,7 @@ Command line, processes, per-image randomness, data, batched augmentation primit
 learning-rate schedule, the run folder and the online kNN. No method lives here: every loss, head, queue, moving
 average and training loop is in its own file.
 
-Every function stands alone: copy what you need. What each needs from this file is said in its docstring.
+Copy what you need: a piece needs nothing from this file but the functions that it calls.
 """
 
 import argparse
@@ -1081,7 +1081,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     rows = z[:512].double()
     gram = rows @ rows.T if len(rows) < z.shape[1] else rows.T @ rows
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    p = singular / singular.sum()
+    p = singular / singular.sum().clamp(min=1e-300)  # all embeddings 0: rank 1
     return {"embedding_std": z.std(0).mean().item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
 
 

@@ -1,11 +1,18 @@
 """The methods, and how to run each of them in a second: few images, small heads."""
 
+import atexit
+import functools
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,8 +29,23 @@ SMALL = {
 }
 METHODS = list(SMALL)
 
-TINY = {"image_size": 16, "batch_size": 16, "train_limit": 64, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
+TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
 TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
+
+
+@functools.cache
+def small_folder() -> str:
+    """64 training and 40 test images of 16 pixels, of four classes, in a folder that lasts as long as the process."""
+    root = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    random = np.random.default_rng(0)
+    for split, count in (("train", 64), ("test", 40)):
+        for i in range(count):
+            folder = Path(root, split, "abcd"[i % 4])
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (16, 16, 3)) // 2 + 32 * (i % 4)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
 
 
 def module(method: str):
@@ -32,12 +54,14 @@ def module(method: str):
 
 def tiny(method: str, run_dir: Path, **flags):
     """The method's Args for a run of 12 steps on 64 images."""
-    return module(method).Args(**{**TINY, **SMALL[method], "run_dir": str(run_dir), **flags})
+    return module(method).Args(
+        **{**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
+    )
 
 
 def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str]:
     """The same run as a command line."""
-    flags = {**TINY, **SMALL[method], "run_dir": str(run_dir), **flags}
+    flags = {**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
     line = [str(ROOT / f"{method}.py")]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")

@@ -231,6 +231,7 @@ def test_signs_of_collapse():
     constant = torch.ones(500, 64) + 1e-4 * healthy
     seen = common.embedding_health(constant)
     assert seen["embedding_std"] < 1e-4 and seen["effective_rank"] < 1.1
+    assert common.embedding_health(torch.zeros(500, 64)) == {"embedding_std": 0.0, "effective_rank": 1.0}
     plane = healthy[:, :2] @ torch.from_numpy(random.standard_normal((2, 64)))
     seen = common.embedding_health(plane)
     assert seen["embedding_std"] > 0.05 and 1.5 < seen["effective_rank"] < 2.01

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import METHODS, metrics, module, tiny
+from methods import METHODS, metrics, module, small_folder, tiny
 from torch import Tensor, nn
 from worlds import run_on
 
@@ -14,67 +14,73 @@ import common
 close = torch.testing.assert_close
 WORLDS = [1, 2, 4]
 
-# What is trained on every number of processes: eight steps and more, in both precisions, under both optimizers.
+# What is trained on one and on two processes; on four, which two cores run slowly, the first of them.
 RUNS = {
     "float64 lars": {"precision": "fp64", "optimizer": "lars"},
     "float64 sgd": {"precision": "fp64", "optimizer": "sgd", "base_lr": 0.2},
     "float32 lars": {"precision": "fp32", "optimizer": "lars"},
 }
+ON = {1: list(RUNS), 2: list(RUNS), 4: ["float64 lars"]}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
 def train(method: str, folder: str, flags: dict) -> dict[str, float]:
+    flags = {"epochs": 2, "eval_every": 2, "save_every": 2, **flags}
     return module(method).main(tiny(method, Path(folder), **flags))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder <world>/<method> <run> for every combination, all trained."""
-    root = tmp_path_factory.mktemp("worlds")
+    """A folder <world>/<method> <run> for every combination, all trained; and "4 then 1" for every method."""
+    root, data = tmp_path_factory.mktemp("worlds"), small_folder()
     torch.set_num_threads(1)
+
+    def job(world: str, method: str, name: str, **flags):
+        return train, (method, str(root / world / f"{method} {name}"), {**RUNS[name], "data_dir": data, **flags})
+
     for world in WORLDS:
-        jobs = [
-            (train, (m, str(root / str(world) / f"{m} {name}"), flags)) for m in METHODS for name, flags in RUNS.items()
-        ]
-        if world == 1:
-            for job, arguments in jobs:
-                job(*arguments)
-        else:
+        jobs = [job(str(world), method, name) for method in METHODS for name in ON[world]]
+        if world == 4:
+            jobs += [job("4 then 1", method, "float64 lars", max_steps=5) for method in METHODS]
+        if world > 1:
             run_on(world, jobs)
+        else:
+            for function, arguments in jobs:
+                function(*arguments)
+    for method in METHODS:
+        function, arguments = job("4 then 1", method, "float64 lars")
+        function(*arguments)
     return root
 
 
-@pytest.mark.parametrize("world", WORLDS[1:])
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("method", METHODS)
-def test_losses_and_weights_are_those_of_one_process(runs, method, name, world):
-    alone, together = runs / "1" / f"{method} {name}", runs / str(world) / f"{method} {name}"
-    tolerance = TOLERANCE[name.split()[0]]
-    want, got = metrics(alone), metrics(together)
+def assert_same_metrics(one: Path, other: Path, tolerance: float, but: set[str]) -> None:
+    want, got = metrics(one), metrics(other)
     assert len(want) == len(got) >= 8
     for a, b in zip(want, got, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() - {"images_per_s", "knn_top1", "effective_rank"}:
+        for key in a.keys() - but - {"images_per_s"}:
             same = math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=tolerance / 10)
             assert same, (a["step"], key, a[key], b[key])
-        if "knn_top1" in a and name.startswith("float64"):
-            assert a["knn_top1"] == b["knn_top1"]
-    if name.startswith("float64"):
-        for file in ("encoder.pt", "heads.pt"):
-            a, b = torch.load(alone / file, weights_only=True), torch.load(together / file, weights_only=True)
-            assert a.keys() == b.keys()
-            for key in a:
-                close(b[key], a[key], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("world, name", [(world, name) for world in WORLDS[1:] for name in ON[world]])
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_weights_are_those_of_one_process(runs, method, name, world):
+    alone, together = runs / "1" / f"{method} {name}", runs / str(world) / f"{method} {name}"
+    exact = name.startswith("float64")
+    # In float32 a neighbour may change its rank, and the smallest singular values are rounding.
+    assert_same_metrics(alone, together, TOLERANCE[name.split()[0]], set() if exact else {"knn_top1", "effective_rank"})
+    for file in ("encoder.pt", "heads.pt") if exact else ():
+        a, b = torch.load(alone / file, weights_only=True), torch.load(together / file, weights_only=True)
+        assert a.keys() == b.keys()
+        for key in a:
+            close(b[key], a[key], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_begun_on_four_processes_and_continued_on_one_is_the_run_on_two(runs, method, tmp_path):
-    flags = RUNS["float64 lars"]
-    run_on(4, [(train, (method, str(tmp_path), {**flags, "max_steps": 5}))])
-    train(method, str(tmp_path), flags)
-    for a, b in zip(metrics(runs / "2" / f"{method} float64 lars"), metrics(tmp_path), strict=True):
-        for key in a.keys() - {"images_per_s", "effective_rank"}:
-            assert math.isclose(a[key], b[key], rel_tol=1e-9, abs_tol=1e-10), (a["step"], key)
+def test_a_run_begun_on_four_processes_and_continued_on_one_is_the_run_on_two(runs, method):
+    folders = [runs / world / f"{method} float64 lars" for world in ("2", "4 then 1")]
+    assert_same_metrics(*folders, 1e-9, {"knn_top1", "effective_rank"})
 
 
 # ------------------------------------------------------------------------------------------------ gradients

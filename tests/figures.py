@@ -1,0 +1,62 @@
+"""Draws the figures that the README shows, from the public functions and from runs/. Needs matplotlib.
+
+python vicreg.py; python vicreg.py --std-coeff 0; python tests/figures.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import vicreg
+
+ROOT = Path(__file__).parent.parent
+
+
+def draw_views() -> None:
+    """Eight images of patterns, and the two views of each before normalisation."""
+    args = vicreg.Args(batch_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    data = common.patterns("train", 8)
+    views = common.batches(data, vicreg.crops(args), args, 0, 1, torch.device("cpu"), torch.float32)
+    (x1, x2), (draws1, draws2) = next(views)
+    order = np.random.default_rng((args.seed, 0)).permutation(8)
+    rows = [data.pixels[torch.from_numpy(order)] / 255]
+    rows += [vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)]
+    figure, axes = plt.subplots(3, 8, figsize=(8, 3.2))
+    for axis_row, row, name in zip(axes, rows, ("image", "view 1", "view 2"), strict=True):
+        for axis, image in zip(axis_row, row, strict=True):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1))
+            axis.set(xticks=[], yticks=[])
+        axis_row[0].set_ylabel(name)
+    figure.tight_layout(pad=0.3)
+    figure.savefig(ROOT / "docs" / "views.png", dpi=130)
+
+
+def draw_collapse() -> None:
+    """Training with and without the variance term: spread of the embeddings, and nearest-neighbour accuracy."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
+    for folder, name in (("vicreg", "VICReg"), ("vicreg-std_coeff=0.0", "without its variance term")):
+        lines = [json.loads(line) for line in (ROOT / "runs" / folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [(line["step"], line["embedding_std"]) for line in lines if "embedding_std" in line]
+        scores = [(line["step"], 100 * line["knn_top1"]) for line in lines if "knn_top1" in line]
+        left.plot(*zip(*steps, strict=True), label=name)
+        right.plot(*zip(*scores, strict=True), "o-", label=name)
+    left.axhline(1024**-0.5, color="grey", linestyle=":", label="isotropic")
+    left.set(xlabel="step", ylabel="std of normalised embeddings", ylim=(0, None))
+    right.set(xlabel="step", ylabel="kNN top-1, %", ylim=(0, 100))
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "collapse.png", dpi=130)
+
+
+if __name__ == "__main__":
+    draw_views()
+    if len(sys.argv) == 1:
+        draw_collapse()
