@@ -281,7 +281,6 @@ def main(args: Args) -> dict[str, float]:
     dtype, autocast, scaler = precision_of(args, device)
     train, test = load_data(args, device)
     args = fit_batch_size(args, len(train))
-    run = Run(args, train, test, device, dtype, autocast)
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
     check(args)
@@ -303,6 +302,7 @@ def main(args: Args) -> dict[str, float]:
     # --- end shared: optimizer ---
     state["target"] = target
     # --- shared: resume ---
+    run = Run(args, train, test, device, dtype, autocast)
     run.resume(state)
     if args.compile:
         model.compile()

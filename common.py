@@ -120,6 +120,8 @@ def check_args(args) -> None:
         fail("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
     if args.dataset == "folder" and not args.data_dir:
         fail("--dataset folder needs --data-dir")
+    if not 0 <= args.crop_min_scale <= 1:
+        fail(f"--crop-min-scale is a share of the area, from 0 to 1, not {args.crop_min_scale}")
     check_precision(args)
     if min(args.std) <= 0:
         fail("--std must be positive")

@@ -319,7 +319,6 @@ def main(args: Args) -> dict[str, float]:
     dtype, autocast, scaler = precision_of(args, device)
     train, test = load_data(args, device)
     args = fit_batch_size(args, len(train))
-    run = Run(args, train, test, device, dtype, autocast)
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
     queue_size = check(args, len(train))
@@ -344,6 +343,7 @@ def main(args: Args) -> dict[str, float]:
     queue = Queue(queue_size, args.head_dim).to(device, dtype)
     state |= {"key_network": key_network, "queue": queue}
     # --- shared: resume ---
+    run = Run(args, train, test, device, dtype, autocast)
     run.resume(state)
     if args.compile:
         model.compile()

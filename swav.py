@@ -314,7 +314,6 @@ def main(args: Args) -> dict[str, float]:
     dtype, autocast, scaler = precision_of(args, device)
     train, test = load_data(args, device)
     args = fit_batch_size(args, len(train))
-    run = Run(args, train, test, device, dtype, autocast)
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
     check(args, len(train))
@@ -335,6 +334,7 @@ def main(args: Args) -> dict[str, float]:
     # --- end shared: optimizer ---
     queue = state["queue"] = Queue(args.queue_length, args.projector_dim, device, dtype)
     # --- shared: resume ---
+    run = Run(args, train, test, device, dtype, autocast)
     run.resume(state)
     if args.compile:
         model.compile()

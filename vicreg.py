@@ -247,7 +247,6 @@ def main(args: Args) -> dict[str, float]:
     dtype, autocast, scaler = precision_of(args, device)
     train, test = load_data(args, device)
     args = fit_batch_size(args, len(train))
-    run = Run(args, train, test, device, dtype, autocast)
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
 
@@ -266,6 +265,7 @@ def main(args: Args) -> dict[str, float]:
     state = {"model": model, "optimizer": optimizer, "scaler": scaler}
     # --- end shared: optimizer ---
     # --- shared: resume ---
+    run = Run(args, train, test, device, dtype, autocast)
     run.resume(state)
     if args.compile:
         model.compile()

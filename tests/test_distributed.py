@@ -18,7 +18,7 @@ WORLDS = [1, 2, 4]
 RUNS = {
     "float64 lars": {"precision": "fp64", "optimizer": "lars"},
     "float64 sgd": {"precision": "fp64", "optimizer": "sgd", "base_lr": 0.2},
-    "float32 lars": {"precision": "fp32", "optimizer": "lars"},
+    "float32 lars": {"precision": "fp32", "optimizer": "lars", "base_lr": 0.5},  # large steps magnify rounding
 }
 ON = {1: list(RUNS), 2: list(RUNS), 4: ["float64 lars"]}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
@@ -54,7 +54,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def assert_same_metrics(one: Path, other: Path, tolerance: float, but: set[str]) -> None:
-    want, got = metrics(one), metrics(other)
+    want, got = ([line for line in metrics(run) if not but & line.keys() or "loss" in line] for run in (one, other))
     assert len(want) == len(got) >= 8
     for a, b in zip(want, got, strict=True):
         assert a.keys() == b.keys()

@@ -100,14 +100,14 @@ def test_the_run_folder_is_named_after_what_changes_the_result(tmp_path, monkeyp
 
 
 def test_training_on_patterns_lowers_the_loss_and_raises_the_neighbours_accuracy(tmp_path):
-    """A few minutes' training in half a minute: half the images, small batches."""
-    args = module("vicreg").Args(train_limit=2000, batch_size=128, epochs=6, eval_every=6, run_dir=str(tmp_path))
+    """A tenth of the quick recipe's steps."""
+    args = module("vicreg").Args(train_limit=1500, batch_size=64, epochs=4, eval_every=4, run_dir=str(tmp_path))
     module("vicreg").main(args)
     lines = metrics(tmp_path)
     losses = [line["loss"] for line in lines if "loss" in line]
     untrained, trained = [line["knn_top1"] for line in lines if "knn_top1" in line]
-    assert losses[-1] < 0.9 * losses[0]
-    assert trained > untrained + 0.05
+    assert losses[-1] < losses[0] - 0.5
+    assert trained > untrained + 0.1
 
 
 # ------------------------------------------------------------------------------------------------------ resume
@@ -146,7 +146,7 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
 def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
     vicreg = module("vicreg")
     vicreg.main(tiny("vicreg", tmp_path, max_steps=2))
-    for flags, named in [({"base_lr": 9.0}, "--base-lr was 2.0 and is now 9.0"), ({"epochs": 2}, "--epochs 3")]:
+    for flags, named in [({"base_lr": 9.0}, "--base-lr was 8.0 and is now 9.0"), ({"epochs": 2}, "--epochs 3")]:
         with pytest.raises(SystemExit) as end:
             vicreg.main(tiny("vicreg", tmp_path, **flags))
         said = capsys.readouterr().err
@@ -245,6 +245,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, capsys):
         ("--init {other}", "--init"),
         ("--mean 0 0", "--mean"),
         ("--std 0 1 1", "--std"),
+        ("--crop-min-scale 1.5", "--crop-min-scale"),
         ("--tensorboard", "--tensorboard"),
     ],
 )
