@@ -8,7 +8,6 @@ and official repositories do it: one d×d matrix, one tensor, one image at a tim
 import argparse
 import copy
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -103,9 +102,16 @@ def print_peak(which: str, n: int, d: int, device: torch.device) -> None:
         gradients(loss, views)
         print(torch.cuda.max_memory_allocated() - before)
     else:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, which importing torch has set
+        before = resident("VmRSS")
         gradients(loss, views)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        print(resident("VmHWM") - before)
+
+
+def resident(which: str) -> int:
+    """Bytes of memory in use (VmRSS) or at the peak (VmHWM), from Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 # ------------------------------------------------------------------------------------------------------- views
