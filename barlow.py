@@ -41,6 +41,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from common import (
     IMAGENET_MEAN,
@@ -179,12 +180,28 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
     return (z - z.mean(dim=0)) * (z.var(dim=0, correction=0) + eps).rsqrt()
 
 
+class _GramProduct(torch.autograd.Function):
+    """tr(Z1Z1ᵀ Z2Z2ᵀ) of two (n, d), with each gradient as one product: autograd would take two, one per factor."""
+
+    @staticmethod
+    def forward(ctx, z1: Tensor, z2: Tensor) -> Tensor:
+        gram1, gram2 = z1 @ z1.T, z2 @ z2.T  # n×n
+        ctx.save_for_backward(z1, z2, gram1, gram2)
+        return (gram1 * gram2).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        z1, z2, gram1, gram2 = ctx.saved_tensors
+        return 2 * grad * (gram2 @ z1), 2 * grad * (gram1 @ z2)  # n×d
+
+
 def barlow_twins_loss(z1: Tensor, z2: Tensor, lambd: float = 0.0051) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 1 for this rank's embeddings of two views, (n, d) each; a sum over dimensions, not divided by d.
 
     Computed on the rows of all ranks, in float32 (float64 stays). Terms: the sums over the diagonal (the paper's
     invariance term) and over the rest (its redundancy reduction term), both unweighted. Needs n >= 2 over all ranks.
-    To take it elsewhere, take `standardize` and `all_gather` with it.
+    Differentiable once. To take it elsewhere, take what it calls with it.
 
     The sum of all C_ij² is tr(CᵀC) = tr(Z1Z1ᵀ Z2Z2ᵀ)/n², with Z1 and Z2 the standardised embeddings; the diagonal of C
     is known without forming C. So at n = 256, d = 8192 two 256×256 matrices are formed and not one of 8192×8192, with
@@ -197,9 +214,9 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, lambd: float = 0.0051) -> tuple[Te
             raise ValueError("Barlow Twins needs at least two images: correlations are over the batch")
         z1, z2 = standardize(z1), standardize(z2)
         diagonal = (z1 * z2).mean(dim=0)  # d, C_ii
-        products = (z1 @ z1.T) * (z2 @ z2.T) if n < d else (z1.T @ z2).square()  # n×n or d×d
+        squares = _GramProduct.apply(z1, z2) if n < d else (z1.T @ z2).square().sum()  # all C_ij², times n²
         on_diagonal = (1 - diagonal).square().sum()
-        off_diagonal = products.sum() / n**2 - diagonal.square().sum()
+        off_diagonal = squares / n**2 - diagonal.square().sum()
         loss = on_diagonal + lambd * off_diagonal
     return loss, {"on_diagonal": on_diagonal, "off_diagonal": off_diagonal}
 

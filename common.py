@@ -575,6 +575,16 @@ def file_loader(dataset: torch.utils.data.Dataset, batches, args) -> torch.utils
     )
 
 
+def batch_indices(total: int, args, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, which of the `total` images the whole batch takes) for each step, the same for every process."""
+    steps_per_epoch, order_of = total // args.batch_size, None
+    for step in range(first_step, last_step):
+        epoch, start = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
+        if epoch != order_of:
+            order, order_of = np.random.default_rng((args.seed, epoch)).permutation(total), epoch
+        yield epoch, order[start : start + args.batch_size]
+
+
 def batches(
     data: Data, crops: list[Crop], args, first_step: int, last_step: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[tuple[list[Tensor], list[Draws]]]:
@@ -584,25 +594,19 @@ def batches(
     Step s of an epoch takes the same images on any number of processes: rows s·batch_size to (s+1)·batch_size of the
     epoch's permutation, each rank its contiguous slice. The last, short batch is left out.
     """
-    rows, steps_per_epoch = my_rows(args.batch_size), len(data) // args.batch_size
+    rows = my_rows(args.batch_size)
 
-    def indices() -> Iterator[tuple[int, np.ndarray]]:
-        order_of = None
-        for step in range(first_step, last_step):
-            epoch, start = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
-            if epoch != order_of:
-                order, order_of = np.random.default_rng((args.seed, epoch)).permutation(len(data)), epoch
-            yield epoch, order[start : start + args.batch_size][rows]
+    indices = ((epoch, index[rows]) for epoch, index in batch_indices(len(data), args, first_step, last_step))
 
     def draws_of(step: int) -> list[Draws]:
         return [Draws((args.seed, step, view), args.batch_size, rows) for view in range(len(crops))]
 
     if data.pixels is not None:
-        for step, (_, index) in enumerate(indices(), first_step):
+        for step, (_, index) in enumerate(indices, first_step):
             images, draws = data.pixels[torch.from_numpy(index).to(device)].to(dtype) / 255, draws_of(step)
             yield [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)], draws
         return
-    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in indices())
+    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in indices)
     bad: dict[str, str] = {}
     loader = file_loader(CroppedFiles(data.files, crops, args.seed), keys, args)
     for step, (views, errors) in enumerate(loader, first_step):
@@ -937,15 +941,34 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
     return net, width
 
 
+# Where the backbone stands in files of weights: MoCo's query encoder, not its key encoder; VICReg's, Barlow Twins',
+# DINO's and solo-learn's; SimSiam's; SwAV's, torchvision's and ours.
+_PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
+
+
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict in `file`, without a classifier `fc`. Files that carry code are refused."""
+    """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights.
+
+    Takes this project's files, torchvision's, and the published ones of VICReg, Barlow Twins, SwAV, MoCo, SimSiam and
+    DINO, whose heads are left out and named. Files that carry code are refused.
+    """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        return {name: weight for name, weight in state.items() if not name.startswith("fc.")}
+        for container in ("state_dict", "model", "teacher"):
+            state = state[container] if isinstance(state.get(container), dict) else state
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
     except FileNotFoundError:
         fail(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
         fail(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+    prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
+    if prefix is None:
+        fail(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+    trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
+    if left_out and rank_and_world()[0] == 0:
+        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
+    return {match[1]: state[name] for name, match in trunk.items() if match}
 
 
 def load_encoder(net: nn.Module, path: str) -> None:
@@ -1142,7 +1165,7 @@ class Run:
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         try:
             if args.overwrite:
-                for name in RUN_FILES:
+                for name in (*RUN_FILES, "results.jsonl"):  # the last is evaluate.py's
                     (self.folder / name).unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "args.json"

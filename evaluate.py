@@ -1,47 +1,77 @@
-"""What a frozen encoder is worth: one protocol for every method and every file of weights.
+"""What an encoder is worth: one protocol for every method and every file of weights.
 
     python evaluate.py runs/vicreg                                    weighted nearest neighbours
-    python evaluate.py runs/vicreg --protocol linear                  linear classifier
-    python evaluate.py encoder.pt --protocol linear --dataset folder --data-dir photos --image-size 224
+    python evaluate.py runs/vicreg --protocol linear                  linear classifier on frozen features
+    python evaluate.py runs/vicreg --protocol finetune --train-fraction 0.1
+    python evaluate.py runs/vicreg --protocol tsne                    a picture of the features
+    python evaluate.py runs/vicreg --protocol diagnose                how they fill their space
+    python evaluate.py resnet50.pth --protocol linear --augment --data-dir imagenet
 
-The features are h, the pooled output of the backbone, computed once in eval mode without augmentation; projectors and
-other heads are left aside. A run folder brings its own dataset, image size and normalisation; a bare file of weights
-needs them as flags. The architecture is read off the weights.
+The features are h, the pooled output of the backbone; projectors and other heads are left aside. A run folder brings
+its own dataset, image size and normalisation; a bare file of weights (this project's, torchvision's, or a published one
+of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The architecture is read off the weights.
 
-    knn     every test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest
-            training images (Wu et al. 2018)
-    linear  softmax regression by SGD on the training features; learning rate and weight decay are chosen on a tenth of
-            the training images held out, never on the test images, then the classifier is trained on all of them
+    knn       every test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest
+              training images (Wu et al., arXiv 1805.01978)
+    linear    softmax regression on frozen features by SGD; learning rate and weight decay are chosen on a tenth of the
+              training images held out, never on the test images, then the classifier is trained on all of them.
+              The features are computed once, without augmentation; with `--augment` anew in every epoch from
+              random resized crops and flips, as in the papers
+    finetune  backbone and classifier together, each with its own learning rate, on random resized crops and flips
+    tsne      t-SNE of the test features of some classes, a PNG
+    diagnose  spread, rank and singular values of the features, covariance and correlation between their dimensions on
+              training and test images, alignment and uniformity (Wang and Isola, arXiv 2005.10242); a PNG and a JSON
+              file
 
-The last line printed is one JSON object. Accuracies are fractions.
+The last line printed is one JSON object, which is also appended to results.jsonl. Accuracies are fractions. Under
+torchrun every process takes its share of the images, and the result is the same.
 """
 
 import dataclasses
+import importlib.util
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from common import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Crop,
+    Data,
+    all_gather,
+    atomic_write,
     backbone,
+    batch_indices,
+    batches,
     check_precision,
+    cosine_schedule,
     describe_weights,
+    distribute,
+    embedding_health,
     fail,
     features,
     knn_accuracy,
     knn_scores,
     load_data,
+    my_rows,
+    normalize,
+    on_rank_0,
     parse_args,
     precision_of,
     rank_and_world,
     read_weights,
     start_processes,
+    sync_batchnorm,
+    warn,
 )
 
 __all__ = ["knn_accuracy", "linear_probe", "main"]
@@ -50,7 +80,7 @@ __all__ = ["knn_accuracy", "linear_probe", "main"]
 @dataclass
 class Args:
     weights: str  # a run folder, or a file of weights such as encoder.pt
-    protocol: Literal["knn", "linear"] = "knn"  # how to judge the features
+    protocol: Literal["knn", "linear", "finetune", "tsne", "diagnose"] = "knn"  # how to judge the features
     dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # default: the run's
     data_dir: str = ""  # default: the run's
     image_size: int = 0  # side of the images in pixels; 0: the run's, or 224
@@ -58,26 +88,30 @@ class Args:
     std: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; all 0: the run's, or ImageNet's
     train_fraction: float = 1.0  # share of the labelled training images to learn from, the same in every class
     train_limit: int = 0  # use so many training images, chosen at random; 0: all
-    k: int = 20  # neighbours
-    temperature: float = 0.07  # of the neighbours' votes
-    epochs: int = 100  # of the linear classifier
-    batch_size: int = 256  # of the linear classifier
-    seed: int = 0  # of the label subset, the held-out images and the order
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the features
+    k: int = 20  # knn: neighbours
+    temperature: float = 0.07  # knn: of the neighbours' votes
+    epochs: int = 0  # 0: 100 for linear, 20 for finetune
+    batch_size: int = 256  # linear, finetune: images per step over all processes
+    augment: bool = False  # linear: random resized crops and flips instead of features computed once
+    lr: float = 0.0  # linear: learning rate; 0: choose on held-out images
+    weight_decay: float = 0.0  # linear: only with --lr
+    lr_backbone: float = 0.01  # finetune: learning rate of the backbone (VICReg: 0.01 for 10 %, 0.03 for 1 %)
+    lr_head: float = 0.1  # finetune: learning rate of the classifier (VICReg: 0.1 for 10 %, 0.08 for 1 %)
+    crop_min_scale: float = 0.08  # linear --augment, finetune: smallest share of the area a crop keeps
+    classes: int = 5  # tsne: so many classes, chosen at random
+    seed: int = 0  # of the label subset, the held-out images, the order and the crops
+    output: str = ""  # folder for results and pictures; default: where the weights are
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the network
     workers: int = 2  # for images that do not fit in memory
 
 
-LEARNING_RATES = (
-    0.01,
-    0.03,
-    0.1,
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-)  # papers use 0.02 to 30, as their features differ in scale
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # papers: 0.02 to 30, as their features differ in scale
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3)
+
+Stream = Iterator[tuple[Tensor, Tensor]]  # for each step: features (n, d) and labels (n,)
+
+
+# ----------------------------------------------------------------------------------------------------- linear
 
 
 def linear_probe(
@@ -97,45 +131,95 @@ def linear_probe(
     rows; the best on the other tenth is trained again on all of them, and that one is tested. SGD with Nesterov
     momentum 0.9, cosine decay to 0, weights and bias from 0.
     """
+
+    def stream(rows: Tensor) -> Stream:
+        rng = np.random.default_rng(seed)
+        for _ in range(epochs):
+            order = rows[torch.from_numpy(rng.permutation(len(rows))).to(rows.device)]
+            for batch in order.tensor_split(max(1, len(rows) // batch_size)):
+                yield train_x[batch], train_y[batch]
+
+    def train(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+        return train_heads(stream(rows), epochs * max(1, len(rows) // batch_size), classes, grid)
+
+    def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        return accuracy(train_x[rows], train_y[rows], *heads)
+
     classes = int(max(train_y.max(), test_y.max())) + 1
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_x))).to(train_x.device)
-    held_out, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
     grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
-    heads = train_heads(train_x[rest], train_y[rest], classes, grid, epochs, batch_size, seed)
-    scores = accuracy(train_x[held_out], train_y[held_out], *heads)  # one per head
-    best = grid[int(scores.argmax())]
-    weight, bias = train_heads(train_x, train_y, classes, [best], epochs, batch_size, seed)
-    return {
-        "top1": accuracy(test_x, test_y, weight, bias).item(),
-        "top5": accuracy(test_x, test_y, weight, bias, k=min(5, classes)).item(),
-        "lr": best[0],
-        "weight_decay": best[1],
-        "held_out_top1": scores.max().item(),
-    }
+    heads, chosen = choose(len(train_x), grid, seed, train_x.device, train, score)
+    top1, top5 = (accuracy(test_x, test_y, *heads, k=k).item() for k in (1, min(5, classes)))
+    return {"top1": top1, "top5": top5, **chosen}
 
 
-def train_heads(
-    x: Tensor, y: Tensor, classes: int, grid: list[tuple[float, float]], epochs: int, batch_size: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def augmented_probe(
+    net: nn.Module,
+    train: Data,
+    test: Data,
+    args: Args,
+    learning_rates: tuple[float, ...],
+    weight_decays: tuple[float, ...],
+    how: tuple,
+) -> dict[str, float]:
+    """`linear_probe` on crops and flips drawn anew in every epoch, as the papers train it; net stays frozen."""
+    device, dtype, autocast = how
+
+    @torch.no_grad()
+    def stream(data: Data, local: Args, steps: int) -> Stream:
+        crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
+        indices = batch_indices(len(data), local, 0, steps)
+        for ((x,), _), (_, index) in zip(batches(data, crops, local, 0, steps, device, dtype), indices, strict=True):
+            with autocast:
+                h = net(normalize(x, args.mean, args.std))  # n×d
+            yield all_gather(h.float()), data.labels[torch.from_numpy(index)].to(device)
+
+    def fit(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+        local = fit_batch(args, len(rows))
+        steps = args.epochs * (len(rows) // local.batch_size)
+        return train_heads(stream(train.subset(rows), local, steps), steps, len(train.classes), grid)
+
+    def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
+        held_out = train.subset(rows)
+        return accuracy(features(net, held_out, args, *how), held_out.labels.to(device), *heads)
+
+    net.eval()
+    grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
+    heads, chosen = choose(len(train), grid, args.seed, torch.device("cpu"), fit, score)
+    test_x, test_y = features(net, test, args, *how), test.labels.to(device)
+    top1, top5 = (accuracy(test_x, test_y, *heads, k=k).item() for k in (1, min(5, len(train.classes))))
+    return {"top1": top1, "top5": top5, **chosen}
+
+
+def choose(
+    total: int, grid: list[tuple[float, float]], seed: int, device: torch.device, train, score
+) -> tuple[tuple[Tensor, Tensor], dict[str, float]]:
+    """The head trained on all rows with the pair of `grid` that did best on a tenth held out, and what was chosen."""
+    everything = torch.from_numpy(np.random.default_rng(seed).permutation(total)).to(device)
+    chosen = {}
+    if len(grid) > 1:
+        held_out, rest = everything[: max(1, total // 10)], everything[max(1, total // 10) :]
+        scores = score(train(rest, grid), held_out)  # one per head
+        chosen, grid = {"held_out_top1": scores.max().item()}, [grid[int(scores.argmax())]]
+    return train(everything, grid), {"lr": grid[0][0], "weight_decay": grid[0][1], **chosen}
+
+
+def train_heads(stream: Stream, steps: int, classes: int, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
     """Weights (d, m, classes) and biases (m, classes) of m heads, one per (learning rate, weight decay)."""
-    lr, decay = torch.tensor(grid, device=x.device, dtype=x.dtype).T[:, :, None]  # m×1 each
-    weight = torch.zeros(x.shape[1], len(grid), classes, device=x.device, dtype=x.dtype)
-    bias = torch.zeros(len(grid), classes, device=x.device, dtype=x.dtype)
-    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    rng, batches = np.random.default_rng(seed), max(1, len(x) // batch_size)
-    for epoch in range(epochs):
-        order = torch.from_numpy(rng.permutation(len(x))).to(x.device)
-        for batch, rows in enumerate(order.tensor_split(batches)):
-            cosine = 0.5 * (1 + np.cos(np.pi * (epoch * batches + batch) / (epochs * batches)))
-            logits = (x[rows] @ weight.flatten(1)).unflatten(1, bias.shape) + bias  # n×m×classes
-            # The gradient of the mean cross-entropy: probabilities minus the one-hot label.
-            error = logits.softmax(2)
-            error[torch.arange(len(rows)), :, y[rows]] -= 1
-            error /= len(rows)
-            gradients = [(x[rows].T @ error.flatten(1)).view_as(weight) + decay * weight, error.sum(0)]
-            for parameter, gradient, v in zip((weight, bias), gradients, speed, strict=True):
-                v.mul_(0.9).add_(gradient)
-                parameter.sub_(cosine * lr * (gradient + 0.9 * v))
+    for step, (x, y) in enumerate(stream):
+        if step == 0:
+            lr, decay = torch.tensor(grid, device=x.device, dtype=x.dtype).T[:, :, None]  # m×1 each
+            weight, bias = x.new_zeros(x.shape[1], len(grid), classes), x.new_zeros(len(grid), classes)
+            speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+        cosine = cosine_schedule(step, steps, 0, peak=1.0, final=0.0)
+        logits = (x @ weight.flatten(1)).unflatten(1, bias.shape) + bias  # n×m×classes
+        # The gradient of the mean cross-entropy: probabilities minus the one-hot label.
+        error = logits.softmax(2)
+        error[torch.arange(len(x)), :, y] -= 1
+        error /= len(x)
+        gradients = [(x.T @ error.flatten(1)).view_as(weight) + decay * weight, error.sum(0)]
+        for parameter, gradient, v in zip((weight, bias), gradients, speed, strict=True):
+            v.mul_(0.9).add_(gradient)
+            parameter.sub_(cosine * lr * (gradient + 0.9 * v))
     return weight, bias
 
 
@@ -146,6 +230,139 @@ def accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, k: int = 1) -> 
         logits = (rows @ weight.flatten(1)).unflatten(1, bias.shape) + bias  # n×m×classes
         hits += (logits.topk(k, dim=2).indices == labels[:, None, None]).any(2).double().sum(0)
     return hits / len(x)
+
+
+# --------------------------------------------------------------------------------------------------- finetune
+
+
+def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, how: tuple, scaler) -> dict[str, float]:
+    """Train backbone and classifier on labels: SGD, momentum 0.9, no weight decay, cosine decay to 0, BatchNorm in
+    training mode over the whole batch, classifier from N(0, 0.01²). Test top-1 and top-5 (fractions).
+    """
+    device, dtype, autocast = how
+    head = nn.Linear(width, len(train.classes))
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    model = sync_batchnorm(nn.Sequential(net, head).to(device, dtype), device)
+    rates = (args.lr_backbone, args.lr_head)
+    optimizer = torch.optim.SGD([{"params": part.parameters()} for part in model], lr=0.0, momentum=0.9)
+    network = distribute(model, device)
+    args = fit_batch(args, len(train))
+    steps = args.epochs * (len(train) // args.batch_size)
+    crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
+    indices = batch_indices(len(train), args, 0, steps)
+    model.train()
+    for step, ((x,), _) in enumerate(batches(train, crops, args, 0, steps, device, dtype)):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = cosine_schedule(step, steps, 0, peak=rate, final=0.0)
+        y = train.labels[torch.from_numpy(next(indices)[1][my_rows(args.batch_size)])].to(device)  # n
+        with autocast:
+            logits = network(normalize(x, args.mean, args.std))  # n×classes
+        loss = F.cross_entropy(logits.float(), y)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    top = features(model, test, args, *how).topk(min(5, len(train.classes)), dim=1).indices  # N×5
+    hits = top == test.labels.to(device)[:, None]
+    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}
+
+
+def fit_batch(args: Args, images: int) -> Args:
+    """No batch larger than the images there are, and the same number for every process."""
+    world = rank_and_world()[1]
+    size = min(args.batch_size, images) // world * world
+    if size < 2 * world:
+        fail(f"{min(args.batch_size, images)} images are too few for {world} processes; raise --train-fraction")
+    return dataclasses.replace(args, batch_size=size)
+
+
+# --------------------------------------------------------------------------------------------- looking at them
+
+
+def tsne(x: Tensor, y: Tensor, names: list[str], args: Args, folder: Path) -> dict[str, Any]:
+    """Draw test features x (N, d) of `--classes` random classes, at most 2000 of them, to tsne.png."""
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    rng = np.random.default_rng(args.seed)
+    chosen = np.sort(rng.permutation(len(names))[: args.classes])
+    rows = np.flatnonzero(np.isin(y.cpu().numpy(), chosen))
+    rows = np.sort(rng.permutation(rows)[:2000])
+    if len(rows) < 4:
+        fail(f"--protocol tsne needs at least four test images, and these classes have {len(rows)}")
+    x, y = F.normalize(x[rows], dim=1).cpu().numpy(), y[rows].cpu().numpy()
+    flat = TSNE(perplexity=min(30, len(rows) / 4), init="pca", random_state=args.seed).fit_transform(x)  # N×2
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    for label in chosen:
+        axes.scatter(*flat[y == label].T, s=8, label=names[label])
+    axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(rows)} test images, {args.weights}")
+    axes.legend(markerscale=2)
+    figure.savefig(folder / "tsne.png", dpi=120)
+    plt.close(figure)
+    return {"figure": str(folder / "tsne.png"), "shown": [names[label] for label in chosen]}
+
+
+def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, float], dict[str, list]]:
+    """How features fill their space: (numbers, singular values of the centred features of each split).
+
+    For the splits (N, d): standard deviation and effective rank of the normalised features (`embedding_health`);
+    covariance, the sum of squared off-diagonal covariances over d (VICReg, eq. 3); correlation, the root mean square of
+    the off-diagonal correlations. For two augmented views of the test images, normalised: alignment, the mean squared
+    distance of the two, and uniformity, the log of the mean of exp(-2 |x - y|²) over pairs of images.
+    """
+    numbers, spectra = {}, {}
+    for split, x in (("train", train_x), ("test", test_x)):
+        x = x.double()
+        covariance = torch.cov(x.T)  # d×d
+        std = covariance.diagonal().sqrt()
+        correlation = covariance / (std[:, None] * std).clamp(min=1e-12)
+        off_diagonal = ~torch.eye(len(std), dtype=torch.bool, device=x.device)
+        numbers |= {f"{split}_{name}": value for name, value in embedding_health(x).items()}
+        numbers[f"{split}_covariance"] = (covariance[off_diagonal].square().sum() / len(std)).item()
+        numbers[f"{split}_correlation"] = correlation[off_diagonal].square().mean().sqrt().item()
+        spectra[split] = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt().flip(0).tolist()
+    a, b = (F.normalize(x.double(), dim=1) for x in pair)
+    numbers["alignment"] = (a - b).square().sum(1).mean().item()
+    numbers["uniformity"] = F.pdist(a[:2048]).square().mul(-2).exp().mean().log().item()
+    return numbers, spectra
+
+
+@torch.no_grad()
+def view_pair(net: nn.Module, test: Data, args: Args, how: tuple) -> tuple[Tensor, Tensor]:
+    """Features of two random crops of each test image (the short last batch is left out)."""
+    device, dtype, autocast = how
+    args, net = fit_batch(args, len(test)), net.eval()
+    crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")] * 2
+    rows = []
+    for views, _ in batches(test, crops, args, 0, len(test) // args.batch_size, device, dtype):
+        with autocast:
+            rows.append([all_gather(net(normalize(x, args.mean, args.std)).float()) for x in views])
+    first, second = (torch.cat(side) for side in zip(*rows, strict=True))
+    return first, second
+
+
+def draw_spectra(spectra: dict[str, list], args: Args, folder: Path) -> dict[str, str]:
+    """Singular values on a logarithmic scale to diagnose.png, the numbers to diagnose.json."""
+    atomic_write(folder / "diagnose.json", json.dumps({"singular_values": spectra}).encode())
+    if not importlib.util.find_spec("matplotlib"):
+        warn("the singular values are not drawn without matplotlib: pip install matplotlib")
+        return {}
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for split, values in spectra.items():
+        axes.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), label=split)
+    axes.set(
+        xlabel="singular value, by size", ylabel="standard deviation along it", title=f"features of {args.weights}"
+    )
+    axes.legend()
+    figure.savefig(folder / "diagnose.png", dpi=120)
+    plt.close(figure)
+    return {"figure": str(folder / "diagnose.png")}
+
+
+# -------------------------------------------------------------------------------------------------- everything
 
 
 def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
@@ -162,57 +379,113 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     path = Path(args.weights)
     file = path / "encoder.pt" if path.is_dir() else path
     state = read_weights(file)
-    usual = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    usual = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "output": str(file.parent)}
+    usual["epochs"] = 20 if args.protocol == "finetune" else 100
     if (file.parent / "args.json").exists():
         run = json.loads((file.parent / "args.json").read_text())
-        usual = {name: run[name] for name in ("image_size", "mean", "std")}
+        usual |= {name: run[name] for name in ("image_size", "mean", "std")}
         if not (args.dataset or args.data_dir):
             usual |= {name: run[name] for name in ("dataset", "data_dir", "train_limit")}
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
     args = dataclasses.replace(args, **filled)
     if not args.dataset:
         fail("a file of weights does not say what to test it on: give --data-dir or --dataset")
+    try:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {args.output} cannot be made: {error}")
+    if not os.access(args.output, os.W_OK):
+        fail(f"the result cannot be kept in {args.output}: give another folder with --output")
     return args, state
 
 
 def check(args: Args) -> None:
     if not 0 < args.train_fraction <= 1:
         fail(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
-    for name in ("k", "epochs", "batch_size", "temperature"):
+    for name in ("k", "batch_size", "temperature", "classes"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    for name in (
+        "epochs",
+        "image_size",
+        "train_limit",
+        "seed",
+        "lr",
+        "weight_decay",
+        "lr_backbone",
+        "lr_head",
+        "workers",
+    ):
+        if getattr(args, name) < 0:
+            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    if args.weight_decay and not args.lr:
+        fail("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
+    if not 0 <= args.crop_min_scale <= 1:
+        fail(f"--crop-min-scale is a share of the area, from 0 to 1, not {args.crop_min_scale}")
     check_precision(args)
+    if args.protocol == "tsne":
+        for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
+            if not importlib.util.find_spec(package):
+                fail(f"--protocol tsne needs {name}: pip install {name}")
 
 
-def main(args: Args) -> dict[str, float | str]:
+def save_result(record: dict[str, Any], args: Args, chosen: Tensor) -> None:
+    """Append the result to results.jsonl and keep the label subset beside it."""
+    folder = Path(args.output)
+    if args.train_fraction < 1:
+        name = f"labels-{args.train_fraction:g}-seed{args.seed}.json"
+        atomic_write(folder / name, json.dumps(chosen.tolist()).encode())
+    with open(folder / "results.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
     args, state = complete(args)
     device = start_processes()
-    dtype, autocast, _ = precision_of(args, device)
+    dtype, autocast, scaler = precision_of(args, device)
+    how = (device, dtype, autocast)
     train, test = load_data(args, device)
     if test is None:
         fail(f"--data-dir {args.data_dir} has no labelled val/ or test/ folder to test on")
-    train = train.subset(label_subset(train.labels, args.train_fraction, args.seed))
+    chosen = label_subset(train.labels, args.train_fraction, args.seed)
+    train = train.subset(chosen)
+    if args.protocol == "knn" and args.k > len(train):
+        fail(f"--k {args.k} is more than the {len(train)} labelled training images")
+    torch.manual_seed(args.seed)
     arch, stem = describe_weights(state, args.weights)
-    net, _ = backbone(arch, stem, zero_init=False)
+    net, width = backbone(arch, stem, zero_init=False)
     net.load_state_dict(state)
     net = net.to(device, dtype, memory_format=torch.channels_last)
 
-    train_x, test_x = (features(net, data, args, device, dtype, autocast) for data in (train, test))
-    train_y, test_y = train.labels.to(device), test.labels.to(device)
-    if args.protocol == "knn":
-        if args.k > len(train):
-            fail(f"--k {args.k} is more than the {len(train)} labelled training images")
-        result = knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
+    record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
+    record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
+    rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
+    if args.protocol == "finetune":
+        record |= finetune(net, width, train, test, args, how, scaler)
+    elif args.protocol == "linear" and args.augment:
+        record |= augmented_probe(net, train, test, args, rates, decays, how)
     else:
-        result = linear_probe(
-            train_x, train_y, test_x, test_y, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed
-        )
-    record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch, **result}
-    record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes)}
+        train_x, test_x = (features(net, data, args, *how) for data in (train, test))
+        train_y, test_y = train.labels.to(device), test.labels.to(device)
+        folder = Path(args.output)
+        if args.protocol == "knn":
+            record |= knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
+        elif args.protocol == "linear":
+            record |= linear_probe(
+                train_x, train_y, test_x, test_y, args.epochs, args.batch_size, rates, decays, args.seed
+            )  # fmt: skip
+        elif args.protocol == "tsne":
+            record |= on_rank_0(lambda: tsne(test_x, test_y, train.classes, args, folder))
+        else:
+            numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, how))
+            record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, folder))
+    on_rank_0(lambda: save_result(record, args, chosen))
     if rank_and_world()[0] == 0:
         print(json.dumps(record), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return record
 
 

@@ -38,6 +38,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from common import (
     IMAGENET_MEAN,
@@ -169,18 +170,33 @@ def variance_loss(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
     return F.relu(gamma - std).mean()
 
 
+class _SquaredGram(torch.autograd.Function):
+    """|ZᵀZ|² of z (n, d), with its gradient 4 ZZᵀZ as one product: autograd would take two, one per factor."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor) -> Tensor:
+        gram = z @ z.T if z.shape[0] < z.shape[1] else z.T @ z  # n×n or d×d
+        ctx.save_for_backward(z, gram)
+        return gram.square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        z, gram = ctx.saved_tensors
+        return 4 * grad * (gram @ z if z.shape[0] < z.shape[1] else z @ gram)  # n×d
+
+
 def covariance_loss(z: Tensor) -> Tensor:
     """Sum of the squared off-diagonal covariances of z (n, d), divided by d (eq. 3, 4).
 
     The sum of all squared entries of the d×d matrix ZᵀZ is that of the n×n matrix ZZᵀ: both are tr(ZᵀZZᵀZ). The
     diagonal of ZᵀZ is known without forming it. So the smaller of the two matrices is formed: 256×256 instead of
-    8192×8192 at n = 256, d = 8192, with the same value and gradient.
+    8192×8192 at n = 256, d = 8192, with the same value and gradient. Differentiable once.
     """
     n, d = z.shape
     z = z - z.mean(dim=0)
-    gram = z @ z.T if n < d else z.T @ z  # n×n or d×d
     diagonal = z.square().sum(dim=0)  # d, the diagonal of ZᵀZ
-    return (gram.square().sum() - diagonal.square().sum()) / (d * (n - 1) ** 2)
+    return (_SquaredGram.apply(z) - diagonal.square().sum()) / (d * (n - 1) ** 2)
 
 
 def vicreg_loss(
@@ -189,7 +205,7 @@ def vicreg_loss(
     """Eq. 6 for this rank's embeddings of two views, (n, d) each; the terms are returned unweighted.
 
     Computed on the rows of all ranks, in float32 (float64 stays), with official normalisation: variance halved over
-    the branches, covariance summed. Needs n >= 2 over all ranks. To take it elsewhere, take `all_gather` with it.
+    the branches, covariance summed. Needs n >= 2 over all ranks. To take it elsewhere, take what it calls with it.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (all_gather(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (z1, z2))  # N×d
