@@ -16,7 +16,7 @@ the dimensions from repeating each other (try `--lambd 0`).
 The redundancy term costs O(n²d) here where the paper's code pays O(nd²): see `barlow_twins_loss`.
 
     python barlow.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 barlow.py --batch-size 1024 --base-lr 1    the same result as one process
+    torchrun --nproc_per_node 4 barlow.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 barlow.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near d, since the two views are hardly correlated, and `on_diagonal` falls from
@@ -87,7 +87,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0

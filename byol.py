@@ -18,7 +18,7 @@ the projector and a target that moves slowly. Take the predictor away (`--no-pre
 VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: 69.3 % without, 70.2 % with variance, 69.5 % with both).
 
     python byol.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 byol.py --batch-size 1024 --base-lr 1    the same result as one process
+    torchrun --nproc_per_node 4 byol.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 byol.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise
@@ -88,7 +88,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0

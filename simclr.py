@@ -12,7 +12,7 @@ there is to it, and more of them help: the batch is large, and the embeddings of
 What makes it work beside the loss: strong colour augmentation, and a projector that is thrown away afterwards.
 
     python simclr.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 simclr.py --batch-size 1024 --base-lr 1    the same result as one process
+    torchrun --nproc_per_node 4 simclr.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 simclr.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near log(2N - 1) (6.2 at N = 256) and falls, fast at first, for as long as you
@@ -75,7 +75,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
@@ -95,7 +95,7 @@ class Args:
     temperature: float = 0.2  # T (table 5: 0.1 on ImageNet; appendix B.9: 0.5 on CIFAR-10)
     projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
     projector_dim: int = 128  # d, width of the embeddings
-    jitter_strength: float = 1.0  # s, strength of the colour jitter (appendix A)
+    jitter_strength: float = 0.5  # s, strength of the colour jitter (appendix A: 1; appendix B.9: 0.5 for small images)
     crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
@@ -113,7 +113,7 @@ RECIPES = {
     # Section 2 and the official code, which train 100 to 1000 epochs.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=1000, warmup_epochs=10, base_lr=0.3,
-        weight_decay=1e-6, temperature=0.1, projector_hidden=2048, crop_min_scale=0.08, blur=True,
+        weight_decay=1e-6, temperature=0.1, projector_hidden=2048, jitter_strength=1.0, crop_min_scale=0.08, blur=True,
         workers=12, log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip

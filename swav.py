@@ -15,7 +15,7 @@ Multi-crop makes views cheap: small crops of small parts are predicted from, and
 A batch much smaller than K cannot use all prototypes equally: a queue of older embeddings joins it (`--queue-length`).
 
     python swav.py                                              some minutes on two CPU cores
-    torchrun --nproc_per_node 4 swav.py --batch-size 1024 --base-lr 1    the same result as one process
+    torchrun --nproc_per_node 4 swav.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts a little above log K (5.2 at K = 128) and falls towards `entropy`, that of the
@@ -26,7 +26,7 @@ Where this file, the paper and the official code differ
     LARS              BYOL's variant, biases and BatchNorm neither adapted nor decayed (official code: LARC on every
                       tensor; it scales up the gradient of a bias before BatchNorm, which is nothing but rounding)
     warm-up           linear from 0 (official code: from 0.3 to 4.8, one sixteenth of the peak)
-    Sinkhorn          on logarithms: the same numbers, but nothing overflows or vanishes, whatever the scores
+    Sinkhorn          factors of rows and columns instead of dividing the matrix: the same numbers, half the time
     scores            in float32 also under autocast (official code: half; bf16 would change the codes by some per cent)
     queue             its rows are kept once for all processes (official code: each has the rows of its own images)
     BatchNorm         over the images of all processes (official code, at batch 4096: of groups of eight GPUs)
@@ -84,7 +84,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
@@ -113,7 +113,7 @@ class Args:
     small_size: int = 16  # their side in pixels
     small_scale: tuple[float, float] = (0.14, 0.4)  # share of the area that they keep (ImageNet: 0.05 to 0.14)
     crop_min_scale: float = 0.0  # smallest share that a large crop keeps; 0: 0.14 beside small crops, else 0.08
-    jitter_strength: float = 1.0  # s, strength of the colour jitter
+    jitter_strength: float = 0.5  # s, strength of the colour jitter; the paper, for large images: 1
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
@@ -132,7 +132,8 @@ RECIPES = {
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3,
         weight_decay=1e-6, prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96,
-        small_scale=(0.05, 0.14), blur=True, workers=12, log_every=50, eval_every=10, save_every=1,
+        small_scale=(0.05, 0.14), jitter_strength=1.0, blur=True, workers=12,
+        log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
 
@@ -171,15 +172,24 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     Starts from exp(scores / epsilon); each iteration divides the columns by their totals, then the rows by theirs. In
     the paper's words the totals become 1/K and 1/N: constants, which the next division takes out again. Three
     iterations do not reach equal totals, and need not. Ending on the rows makes every code a distribution.
-    In float32 (float64 stays), on logarithms: no score is too large, and no row or column vanishes.
+    In float32 (float64 stays), also under autocast. Each row's maximum is subtracted before exp, and given back as the
+    factor that the row starts with: no score is too large, and every row sums to 1. A prototype's total is taken as
+    4e-31 where it is less, which takes scores 70 epsilon below the rest (cosines differ by 40 at most). Dividing rows
+    and columns changes their factors only: an iteration is two products with a vector, and leaves the n×K matrix alone.
     """
     if iterations < 1:
         raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
-    log_q = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon  # n×K
-    for _ in range(iterations):
-        totals = all_gather(log_q.logsumexp(0, keepdim=True)).logsumexp(0)  # K, over this rank, then over all
-        log_q = (log_q - totals).log_softmax(1)  # n×K
-    return log_q.exp()
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # n×K
+        top = scores.amax(1)  # n
+        q = (scores - top[:, None]).div_(epsilon).exp_()  # n×K
+        rows = ((top - all_gather(top).max()) / epsilon).exp()  # n
+        least = torch.finfo(q.dtype).tiny ** 0.8  # 4e-31: K times its reciprocal is still finite
+        for _ in range(iterations):
+            totals = all_gather((rows @ q)[None]).sum(0)  # K, over this rank, then over all
+            columns = totals.mean() / totals.clamp(min=least)  # K; a common factor decides nothing, but may not grow
+            rows = 1 / (q @ columns)  # n
+        return q * rows[:, None] * columns
 
 
 def swav_loss(

@@ -15,7 +15,7 @@ dimensions from repeating each other. The two branches need not share weights (`
 The covariance term costs O(n²d) here where the papers write O(nd²): |ZᵀZ|² = |ZZᵀ|², see `covariance_loss`.
 
     python vicreg.py                                            four minutes on two CPU cores
-    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024 --base-lr 1    the same result as one process
+    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 vicreg.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near 25 (variance term near 0.75, invariance below 0.2), and is slow to fall: the
@@ -83,7 +83,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 8.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # not applied to biases and BatchNorm
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0

@@ -1,22 +1,26 @@
 """How fast the pieces are, beside the usual way of writing them. Run by hand: python tests/bench.py [--device cuda]
 
 Every row times the reference and this project's code in the same process, in turns, after a warm-up, synchronised, and
-compares the medians; before that it checks that both compute the same. The references are written here as papers
-and official repositories do it: one d×d matrix, one tensor, one image at a time.
+compares the medians; before that it checks that both compute the same, where they should. The references are written
+here as papers and official repositories do it: one d×d matrix, one tensor, one image at a time.
 """
 
 import argparse
 import copy
+import itertools
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torchvision
 import torchvision.transforms as T
 import torchvision.transforms.v2 as T2
 from PIL import Image
@@ -24,7 +28,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import barlow
+import byol
 import common
+import swav
 import vicreg
 from common import LARS
 
@@ -74,16 +81,48 @@ def gradients(loss: Callable[[Tensor, Tensor], Tensor], views: list[Tensor]) -> 
     return [z.grad for z in views]
 
 
-def bench_loss(device: torch.device, targets: dict[int, float]) -> None:
-    def ours(z1: Tensor, z2: Tensor) -> Tensor:
-        return vicreg.vicreg_loss(z1, z2)[0]
+def barlow_by_dxd(z1: Tensor, z2: Tensor) -> Tensor:
+    """The paper's pseudo-code, with lambda 0.0051 and the normalisation of its official code."""
+    z1, z2 = ((z - z.mean(0)) / torch.sqrt(z.var(0, correction=0) + 1e-5) for z in (z1, z2))
+    c = z1.T @ z2 / len(z1)
+    diagonal = torch.diagonal(c)
+    return (diagonal - 1).pow(2).sum() + 0.0051 * (c.pow(2).sum() - diagonal.pow(2).sum())
 
+
+def vicreg_here(z1: Tensor, z2: Tensor) -> Tensor:
+    return vicreg.vicreg_loss(z1, z2)[0]
+
+
+def barlow_here(z1: Tensor, z2: Tensor) -> Tensor:
+    return barlow.barlow_twins_loss(z1, z2)[0]
+
+
+LOSSES = {"VICReg": (vicreg_by_dxd, vicreg_here), "Barlow Twins": (barlow_by_dxd, barlow_here)}
+
+
+def bench_loss(name: str, device: torch.device, targets: dict[int, float]) -> None:
+    reference, ours = LOSSES[name]
     for n, target in targets.items():
         views = [torch.randn(n, 8192, device=device) for _ in range(2)]
-        for a, b in zip(gradients(vicreg_by_dxd, views), gradients(ours, views), strict=True):
+        for a, b in zip(gradients(reference, views), gradients(ours, views), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item())
-        seconds = compare(partial(gradients, vicreg_by_dxd, views), partial(gradients, ours, views), device)
-        row(f"VICReg loss, n {n}, d 8192, forward + backward", *seconds, target)
+        seconds = compare(partial(gradients, reference, views), partial(gradients, ours, views), device)
+        row(f"{name} loss, n {n}, d 8192, forward + backward", *seconds, target)
+
+
+def bench_growth(device: torch.device) -> None:
+    """Milliseconds of forward and backward at n = 512 as d grows; the d×d form up to what memory allows."""
+    widths = [1024, 2048, 4096, 8192, 16384, 32768]
+    print("\n| n 512, ms at d =", *widths, sep=" | ", end=" |\n")
+    print("|---" * (len(widths) + 1) + "|")
+    for name, (reference, ours) in LOSSES.items():
+        for what, loss, most in (("d×d", reference, 8192), ("here", ours, widths[-1])):
+            cells = []
+            for d in widths:
+                views = [torch.randn(512, d, device=device) for _ in range(2)]
+                work = partial(gradients, loss, views)
+                cells.append(f"{1e3 * compare(work, lambda: None, device)[0]:.3g}" if d <= most else "")
+            print(f"| {name}, {what}", *cells, sep=" | ", end=" |\n", flush=True)
 
 
 def peak_bytes(which: str, n: int, d: int, device: str) -> float:
@@ -93,7 +132,7 @@ def peak_bytes(which: str, n: int, d: int, device: str) -> float:
 
 
 def print_peak(which: str, n: int, d: int, device: torch.device) -> None:
-    loss = vicreg_by_dxd if which == "reference" else lambda a, b: vicreg.vicreg_loss(a, b)[0]
+    loss = vicreg_by_dxd if which == "reference" else vicreg_here
     gradients(loss, [torch.randn(4, 8, device=device) for _ in range(2)])  # what the first call allocates for good
     views = [torch.randn(n, d, device=device) for _ in range(2)]
     if device.type == "cuda":
@@ -117,34 +156,40 @@ def resident(which: str) -> int:
 # ------------------------------------------------------------------------------------------------------- views
 
 
+def usual_views(v, size: int, first: list, last: list) -> list:
+    """VICReg's two views in torchvision's transforms `v`: v1 on Pillow images or v2 on tensors."""
+    views, tensors = [], bool(first)
+    for blur, solarize in ((1.0, 0.0), (0.1, 0.2)):
+        jitter = v.RandomApply([v.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
+        kernel = max(3, size // 10 // 2 * 2 + 1)
+        blurred = v.RandomApply([v.GaussianBlur(kernel, (0.1, 2.0))], p=blur)
+        crop = v.RandomResizedCrop(size, interpolation=T.InterpolationMode.BICUBIC)
+        solarized = v.RandomSolarize(0.5 if tensors else 128, p=solarize)
+        steps = [crop, v.RandomHorizontalFlip(), jitter, v.RandomGrayscale(0.2), blurred, solarized]
+        views.append(v.Compose([*first, *steps, *last, v.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD)]))
+    return views
+
+
+def our_views(data: common.Data, args: vicreg.Args, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    for (x1, x2), (draws1, draws2) in common.batches(data, vicreg.crops(args), args, 0, 10**6, device, torch.float32):
+        yield vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)
+
+
 def bench_views(device: torch.device, target: float) -> None:
     """Two 32-pixel views of 256 images on one core, in images per second."""
-
-    def pipeline(v, first: list, last: list, blur: float, solarize: float):
-        jitter = v.RandomApply([v.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8)
-        blurred = v.RandomApply([v.GaussianBlur(5, (0.1, 2.0))], p=blur)
-        crop = v.RandomResizedCrop(32, interpolation=T.InterpolationMode.BICUBIC)
-        solarized = v.RandomSolarize(128 if not first else 0.5, p=solarize)
-        steps = [crop, v.RandomHorizontalFlip(), jitter, v.RandomGrayscale(0.2), blurred, solarized]
-        return v.Compose([*first, *steps, *last, v.Normalize(common.IMAGENET_MEAN, common.IMAGENET_STD)])
-
     data = common.patterns("train", 256)
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
-    pillow = [pipeline(T, [], [T.ToTensor()], *view) for view in ((1.0, 0.0), (0.1, 0.2))]
-    tensor = [pipeline(T2, [T2.ToDtype(torch.float32, scale=True)], [], *view) for view in ((1.0, 0.0), (0.1, 0.2))]
-    args = vicreg.Args(batch_size=256)
+    pillow = usual_views(T, 32, [], [T.ToTensor()])
+    tensor = usual_views(T2, 32, [T2.ToDtype(torch.float32, scale=True)], [])
+    args = vicreg.Args(batch_size=256, crop_min_scale=0.08, blur=True)
     data.pixels = data.pixels.to(device)
-    views = common.batches(data, vicreg.crops(args), args, 0, 10**6, device, torch.float32)
-
-    def ours() -> None:
-        (x1, x2), (draws1, draws2) = next(views)
-        vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)
+    views = our_views(data, args, device)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     by_pillow, _ = compare(lambda: [v(p) for v in pillow for p in pictures], lambda: None, device)
     by_tensor, _ = compare(lambda: [v(p) for v in tensor for p in data.pixels.cpu()], lambda: None, device)
-    _, seconds = compare(lambda: None, ours, device)
+    _, seconds = compare(lambda: None, lambda: next(views), device)
     torch.set_num_threads(threads)
     rates = ", ".join(f"{256 / t:.0f}" for t in (by_pillow, by_tensor, seconds))
     row(f"two views of 256 images (Pillow, v2, here: {rates} images/s)", min(by_pillow, by_tensor), seconds, target)
@@ -191,6 +236,178 @@ def bench_lars(device: torch.device, target: float) -> None:
     row("LARS step, ResNet-50 and expander", *compare(reference.step, ours.step, device), target)
 
 
+def bench_average(device: torch.device, target: float) -> None:
+    online = torchvision.models.resnet50().to(device)
+    looped, ours = copy.deepcopy(online), copy.deepcopy(online)
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(0.1)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for xi, theta in zip(looped.parameters(), online.parameters(), strict=True):
+            xi.data = 0.99 * xi.data + (1 - 0.99) * theta.data
+
+    @torch.no_grad()
+    def here() -> None:
+        byol.update_target(ours, online, 0.99)
+
+    loop(), here()
+    for p, q in zip(looped.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    row("moving average of ResNet-50", *compare(loop, here, device), target)
+
+
+def bench_sinkhorn(device: torch.device, target: float) -> None:
+    @torch.no_grad()
+    def published(scores: Tensor) -> Tensor:
+        q = torch.exp(scores / 0.05).t()  # prototypes×samples
+        q /= torch.sum(q)
+        for _ in range(3):
+            q /= torch.sum(q, dim=1, keepdim=True)
+            q /= q.shape[0]
+            q /= torch.sum(q, dim=0, keepdim=True)
+            q /= q.shape[1]
+        q *= q.shape[1]
+        return q.t()
+
+    for n in (256, 4096):
+        views, prototypes = (nn.functional.normalize(torch.randn(k, 128, device=device), dim=1) for k in (n, 3000))
+        scores = views @ prototypes.T
+        torch.testing.assert_close(swav.sinkhorn(scores), published(scores), rtol=1e-3, atol=1e-6)
+        seconds = compare(partial(published, scores), partial(swav.sinkhorn, scores), device)
+        row(f"SwAV Sinkhorn, {n} images, 3000 prototypes", *seconds, target)
+
+
+# -------------------------------------------------------------------------------------------------- whole steps
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Pillow images in memory and the usual transforms."""
+
+    def __init__(self, pictures: list[Image.Image]):
+        self.pictures, self.views = pictures, usual_views(T, 32, [], [T.ToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return [view(self.pictures[index]) for view in self.views]
+
+
+def bench_step(device: torch.device, target: float, target_of_ceiling: float) -> None:
+    """ResNet-18 on 32-pixel images, batch 256, expander 2048: seconds per step, over several steps.
+
+    The usual script loads with two worker processes beside the training process.
+    """
+    half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+    args = vicreg.Args(arch="resnet18", batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True)
+    args.crop_min_scale = 0.08
+    data = common.patterns("train", 2048)
+    pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
+    loader = torch.utils.data.DataLoader(
+        Pictures(pictures), 256, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=device.type == "cuda"
+    )
+    data.pixels = data.pixels.to(device)
+    steps, fixed = 4, [torch.randn(256, 3, 32, 32, device=device).to(memory_format=torch.channels_last)] * 2
+
+    def trainer(batches, loss, optimizer_of, layout: torch.memory_format) -> Callable[[], None]:
+        model = vicreg.VICReg(args).to(device, memory_format=layout)
+        optimizer = optimizer_of(model)
+
+        def some_steps() -> None:
+            for x1, x2 in itertools.islice(batches, steps):
+                x1, x2 = (x.to(device, non_blocking=True) for x in (x1, x2))
+                with half:
+                    z1, z2 = model(x1, x2)
+                optimizer.zero_grad()
+                loss(z1.float(), z2.float()).backward()
+                optimizer.step()
+
+        return some_steps
+
+    def lars(model: nn.Module) -> LARS:
+        weights, others = ([p for p in model.parameters() if (p.ndim > 1) == w] for w in (True, False))
+        return LARS([{"params": weights}, {"params": others, "adapt": False}], lr=0.1, weight_decay=1e-6)
+
+    def looped(model: nn.Module) -> LoopedLARS:
+        return LoopedLARS(model.parameters(), lr=0.1, weight_decay=1e-6)
+
+    again = itertools.chain.from_iterable(itertools.repeat(loader))
+    usual = trainer(again, vicreg_by_dxd, looped, torch.contiguous_format)
+    ours = trainer(our_views(data, args, device), vicreg_here, lars, torch.channels_last)
+    ceiling = trainer(itertools.repeat(fixed), vicreg_here, lars, torch.channels_last)
+    reference, here = compare(usual, ours, device)
+    rates = ", ".join(f"{256 * steps / t:.0f}" for t in (reference, here))
+    row(f"four training steps, ResNet-18, batch 256 ({rates} images/s)", reference, here, target)
+    best, here = compare(ceiling, ours, device)
+    row("the same beside forward, backward and update alone on a fixed batch", best, here, target_of_ceiling)
+
+
+def photographs(folder: Path, count: int) -> None:
+    """JPEG files of 500×375 pixels with detail at every scale."""
+    random = np.random.default_rng(0)
+    (folder / "one").mkdir()
+    for i in range(count):
+        layers = [
+            Image.fromarray(random.integers(0, 256, (3 * 2**k, 4 * 2**k, 3), dtype=np.uint8)).resize((500, 375), 3)
+            for k in range(1, 8)
+        ]
+        weights = 0.6 ** np.arange(7)
+        pixels = sum(w * np.asarray(layer, dtype=np.float32) for w, layer in zip(weights, layers, strict=True))
+        Image.fromarray((pixels / weights.sum()).astype(np.uint8)).save(folder / "one" / f"{i}.jpg", quality=90)
+
+
+def bench_folder(device: torch.device, target: float) -> None:
+    """Decode, crop and augment two 224-pixel views of photographs with two workers: seconds per 128 images."""
+    with tempfile.TemporaryDirectory() as name:
+        photographs(Path(name), 128)
+        args = vicreg.Args(image_size=224, batch_size=64, crop_min_scale=0.08, blur=True, workers=2)
+        files, _ = common.list_images(Path(name), skip=())
+        data = common.Data(None, files, torch.full((len(files),), -1), [])
+        views = our_views(data, args, device)
+        pillow = usual_views(T, 224, [], [T.ToTensor()])
+        folder = torchvision.datasets.ImageFolder(name, lambda image: [view(image) for view in pillow])
+        loader = torch.utils.data.DataLoader(folder, 64, shuffle=True, num_workers=2, persistent_workers=True)
+        usual = (
+            (view.to(device) for view in batch) for batch, _ in itertools.chain.from_iterable(itertools.repeat(loader))
+        )
+
+        def two(batches: Iterator) -> None:
+            for batch in itertools.islice(batches, 2):
+                list(batch)
+
+        seconds = compare(partial(two, usual), partial(two, views), device)
+        rates = ", ".join(f"{128 / t:.0f}" for t in seconds)
+        row(f"two views of 128 photographs, 2 workers ({rates} images/s)", *seconds, target)
+        views.close()
+
+
+def bench_start(device: torch.device) -> None:
+    """Seconds from the command to the first line of a step, less those of `import torch`."""
+
+    def until(line: list[str], sign: str) -> float:
+        began = time.perf_counter()
+        with subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, text=True) as process:
+            any(sign in text for text in process.stdout)
+            seconds = time.perf_counter() - began
+            process.kill()
+        return seconds
+
+    with tempfile.TemporaryDirectory() as name:
+        script = str(Path(vicreg.__file__))
+        line = [script, "--log-every", "1", "--run-dir", name, "--overwrite"]
+        until(line, "step 1/")
+        empty = statistics.median(until(["-c", "import torch; print('here', flush=True)"], "here") for _ in range(3))
+        whole = statistics.median(until(line, "step 1/") for _ in range(3))
+    beyond = whole - empty
+    print(
+        f"| start to first step | {empty:.2f} s for import torch | {whole:.2f} s | {beyond:.2f} s beyond | under 5 s |",
+        end="",
+    )
+    print(f" {'yes' if beyond < 5 else 'NO'} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -204,11 +421,18 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
-    bench_loss(device, {256: 6.0, 1024: 6.0, 2048: 3.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0})
+    bench_loss("VICReg", device, {1024: 6.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0})
+    bench_loss("Barlow Twins", device, {1024: 4.0} if cuda else {256: 15.0, 1024: 3.5, 2048: 2.0})
     peaks = (peak_bytes(which, 256, 8192, options.device) for which in ("reference", "ours"))
     row("VICReg loss, n 256, d 8192, peak extra memory", *peaks, 8.0, "MB")
     bench_views(device, 50.0 if cuda else 4.0)
     bench_lars(device, 5.0 if cuda else 1.2)
+    bench_average(device, 5.0 if cuda else 1.0)
+    bench_sinkhorn(device, 1.5 if cuda else 1.0)
+    bench_step(device, 4.0 if cuda else 1.3, 0.95 if cuda else 0.85)
+    bench_folder(device, 1.5 if cuda else 1.3)
+    bench_start(device)
+    bench_growth(device)
 
 
 if __name__ == "__main__":

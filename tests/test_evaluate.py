@@ -97,11 +97,11 @@ def test_the_linear_probe_agrees_with_scikit_learn_within_a_point():
     (x, tx), (y, ty) = [common.features(net, data, *how) for data in splits], [data.labels for data in splits]
     ours = linear_probe(x, y, tx, ty)
     best = 0.0
-    for c in (0.01, 0.1, 1.0, 10.0, 100.0):  # chosen on the same held-out tenth's size
-        model = LogisticRegression(C=c, max_iter=3000).fit(x[:1800], y[:1800])
+    for c in (0.1, 1.0, 10.0):  # chosen on the same held-out tenth's size
+        model = LogisticRegression(C=c, max_iter=1000).fit(x[:1800], y[:1800])
         held_out = model.score(x[1800:], y[1800:])
         if held_out > best:
-            best, theirs = held_out, LogisticRegression(C=c, max_iter=3000).fit(x, y).score(tx, ty)
+            best, theirs = held_out, LogisticRegression(C=c, max_iter=1000).fit(x, y).score(tx, ty)
     assert abs(ours["top1"] - theirs) <= 0.01, (ours, theirs)
 
 

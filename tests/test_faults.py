@@ -1,0 +1,129 @@
+"""Nothing saved is lost: processes that are killed at any moment, dead ranks, folders that cannot be written."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from methods import command, metrics, module, small_folder, tiny
+
+# ------------------------------------------------------------------------------------- killed at any moment
+
+
+def run_until(moment: int, only_while_saving: bool, method: str, folder: Path) -> bool:
+    """Run `method` in a process of its own that sends itself SIGKILL at the `moment`-th call or return, of Python or C
+    (only those while saving, if asked); true if it got there, false if it came to its end before.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            count, saving = 0, 0
+
+            def step(frame, event: str, _) -> None:
+                nonlocal count, saving
+                if frame.f_code.co_name == "_write_weights" and event in ("call", "return"):
+                    saving = event == "call"
+                count += saving or not only_while_saving
+                if count == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.setprofile(step)
+            module(method).main(tiny(method, folder, epochs=5, save_every=1, eval_every=5))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "neither killed nor finished"
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("method", ["moco", "vicreg"])
+def test_twenty_kills_at_random_moments_change_no_bit(method, tmp_path):
+    """Half of them while a checkpoint is written. Every run that gets to its end is compared; then another begins."""
+    small_folder()  # made here, so that all of them train on the same one
+    assert not run_until(0, False, method, tmp_path / "whole")
+    want = torch.load(tmp_path / "whole" / "encoder.pt", weights_only=True)
+    random, runs, killed = np.random.default_rng(0), 0, {False: 0, True: 0}  # anywhere, or while saving
+    finished = False
+    while sum(killed.values()) < 20 or not finished:
+        saving = killed[True] < killed[False]
+        # A step makes about 25,000 calls and returns, a save 70,000: a process lives for some steps, or for two saves.
+        moment = int(random.integers(1, 140_000 if saving else 300_000)) if sum(killed.values()) < 20 else 0
+        finished = not run_until(moment, saving, method, tmp_path / f"run{runs}")
+        killed[saving] += not finished
+        if finished:
+            folder, runs = tmp_path / f"run{runs}", runs + 1
+            got, lines = torch.load(folder / "encoder.pt", weights_only=True), metrics(folder)
+            assert all(torch.equal(got[name], want[name]) for name in want)
+            steps = [line["step"] for line in lines if "loss" in line]
+            assert steps == list(range(1, 21)), "every step is logged once, in order"
+    assert killed == {False: 10, True: 10}
+
+
+# ------------------------------------------------------------------------------------------------ dead ranks
+
+
+def kill_a_rank(line: list[str], when: str) -> tuple[int, str]:
+    """Start torchrun, SIGKILL one of its processes once it prints `when`; (exit status, all it printed)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as launcher:
+        said = ""
+        for text in launcher.stdout:
+            said += text
+            if when in text:
+                ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+                os.kill(int(ranks[-1]), signal.SIGKILL)
+                break
+        said += launcher.communicate(timeout=120)[0]
+        return launcher.returncode, said
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+
+
+@needs_proc
+def test_when_a_rank_dies_the_others_end_too(tmp_path):
+    status, _ = kill_a_rank(command("vicreg", tmp_path, processes=2, epochs=500, eval_every=500), "step 9/")
+    assert status != 0
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 4
+
+
+@needs_proc
+def test_torchrun_restarts_the_run_where_it_was(tmp_path):
+    line = command("vicreg", tmp_path / "run", processes=2, epochs=30, eval_every=30)
+    line.insert(line.index("--standalone"), "--max-restarts=1")
+    status, said = kill_a_rank(line, "step 9/")
+    assert status == 0 and "continuing after step" in said and "step 120/120" in said
+    module("vicreg").main(tiny("vicreg", tmp_path / "alone", epochs=30, eval_every=30))
+    together, alone = (metrics(tmp_path / name)[-1]["knn_top1"] for name in ("run", "alone"))
+    assert together == pytest.approx(alone, abs=0.06), "one test image is 0.025"
+
+
+# --------------------------------------------------------------------------------- folders that cannot be used
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        module("vicreg").main(tiny("vicreg", tmp_path / "file" / "run"))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "--run-dir" in said and said.count("\n") == 1
+
+
+def test_a_checkpoint_that_carries_code_is_refused(tmp_path, capsys):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    module("vicreg").main(tiny("vicreg", tmp_path / "run", max_steps=4))
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        torch.save({"step": 4, "model": Code()}, tmp_path / "run" / name)
+    with pytest.raises(SystemExit):
+        module("vicreg").main(tiny("vicreg", tmp_path / "run"))
+    assert "no checkpoint" in capsys.readouterr().err and not (tmp_path / "owned").exists()
