@@ -86,15 +86,19 @@ def test_a_run_begun_on_four_processes_and_continued_on_one_is_the_run_on_two(ru
 # ------------------------------------------------------------------------------------------------ gradients
 
 
-def vicreg(z1: Tensor, z2: Tensor) -> Tensor:
-    return module("vicreg").vicreg_loss(z1, z2)[0]
+def queue() -> Tensor:
+    return torch.randn(7, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def simclr(z1: Tensor, z2: Tensor) -> Tensor:
-    return module("simclr").nt_xent_loss(z1, z2, 0.5)[0]
-
-
-LOSSES = {"vicreg": vicreg, "simclr": simclr}
+LOSSES = {  # name: loss of this rank's rows of two views, (n, 5) each
+    "simclr": lambda z1, z2: module("simclr").nt_xent_loss(z1, z2, 0.5)[0],
+    "vicreg": lambda z1, z2: module("vicreg").vicreg_loss(z1, z2)[0],
+    "barlow": lambda z1, z2: module("barlow").barlow_twins_loss(z1, z2, 0.1)[0],
+    "byol": lambda z1, z2: module("byol").byol_loss(z1, z2)[0],
+    "simsiam": lambda z1, z2: module("simsiam").simsiam_loss(z1, z2)[0],
+    "swav": lambda z1, z2: module("swav").swav_loss([z1.tanh(), z2.tanh(), (z1 - z2).tanh()], 2, 0.1, 0.05, 3)[0],
+    "moco": lambda z1, z2: module("moco").info_nce_loss(z1, z2, queue(), 0.2)[0],
+}
 
 
 def embeddings() -> list[Tensor]:
@@ -110,29 +114,28 @@ def gradient(name: str) -> tuple[Tensor, list[Tensor]]:
     views = [z[common.my_rows(12)].clone().requires_grad_() for z in embeddings()]
     loss = LOSSES[name](*views)
     loss.backward()
+    grads = [torch.zeros_like(z) if z.grad is None else z.grad for z in views]  # none for targets and keys
     if world == 1:
-        return loss.detach(), [z.grad for z in views]
+        return loss.detach(), grads
     with torch.no_grad():
-        return common.all_gather(loss[None]).mean(), [common.all_gather(z.grad) / world for z in views]
-
-
-@pytest.fixture(scope="module")
-def gradients() -> dict[int, list]:
-    jobs = [(gradient, (name,)) for name in LOSSES]
-    return {world: run_on(world, jobs) for world in (2, 4)}
+        return common.all_gather(loss[None]).mean(), [common.all_gather(grad) / world for grad in grads]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_gradient_of_a_loss_is_that_of_one_process(gradients, name, world):
+def test_the_gradient_of_a_loss_is_that_of_one_process(pieces, name, world):
     want, want_gradients = gradient(name)
-    for loss, got in gradients[world][list(LOSSES).index(name)]:
+    assert any(grad.abs().max() > 1e-6 for grad in want_gradients)
+    for loss, got in pieces[world][name]:
         close(loss, want, rtol=1e-10, atol=1e-12)
         for a, b in zip(got, want_gradients, strict=True):
             close(a, b, rtol=1e-10, atol=1e-10)
 
 
 # ---------------------------------------------------------------------------------------- the pieces themselves
+
+
+SHAPES = [(3,), (3, 2, 5)]  # of what BatchNorm normalises, without the batch
 
 
 def gathered_product() -> tuple[Tensor, Tensor]:
@@ -159,11 +162,18 @@ def normalised(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return common.all_gather(y), common.all_gather(mine.grad), norm.running_mean, norm.running_var
 
 
-def test_all_gather_keeps_the_order_of_ranks_and_sums_the_gradients_of_all():
-    (results,) = run_on(3, [(gathered_product, ())])
-    for rank, (rows, grad) in enumerate(results):
-        close(rows, torch.tensor([0.0, 1, 2, 10, 11, 12, 20, 21, 22], dtype=torch.float64))
-        close(grad, (1 + 2 + 3) * torch.arange(1.0, 10, dtype=torch.float64)[3 * rank : 3 * rank + 3])
+@pytest.fixture(scope="module")
+def pieces() -> dict[int, dict]:
+    """For each world size, what every loss and piece gave on each rank."""
+    jobs = {name: (gradient, (name,)) for name in LOSSES} | {"gather": (gathered_product, ())}
+    jobs |= {shape: (normalised, (shape,)) for shape in SHAPES}
+    return {world: dict(zip(jobs, run_on(world, list(jobs.values())), strict=True)) for world in (2, 4)}
+
+
+def test_all_gather_keeps_the_order_of_ranks_and_sums_the_gradients_of_all(pieces):
+    for rank, (rows, grad) in enumerate(pieces[4]["gather"]):
+        close(rows, torch.tensor([0.0, 1, 2, 10, 11, 12, 20, 21, 22, 30, 31, 32], dtype=torch.float64))
+        close(grad, (1 + 2 + 3 + 4) * torch.arange(1.0, 13, dtype=torch.float64)[3 * rank : 3 * rank + 3])
 
 
 def test_all_gather_of_one_process_is_the_identity():
@@ -171,9 +181,9 @@ def test_all_gather_of_one_process_is_the_identity():
     assert common.all_gather(x) is x
 
 
-@pytest.mark.parametrize("shape", [(3,), (3, 2, 5)])
-def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(shape):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(pieces, shape):
     want = normalised(shape)
-    for got in run_on(4, [(normalised, (shape,))])[0]:
+    for got in pieces[4][shape]:
         for a, b in zip(got, want, strict=True):
             close(a, b, rtol=1e-9, atol=1e-9)

@@ -262,13 +262,20 @@ def test_every_protocol_prints_its_result_and_keeps_it(protocol, trained, tmp_pa
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("protocol", [name for name in FLAGS if name != "tsne"])
-def test_two_processes_find_what_one_finds(protocol, trained, tmp_path):
-    if protocol in DRAWN and not PLOTS:
-        pytest.skip("needs matplotlib")
+NUMBERS = [name for name in FLAGS if name != "tsne"]
+
+
+@pytest.fixture(scope="module")
+def on_two(trained, tmp_path_factory) -> dict[str, list[dict]]:
+    """What each protocol gives on both of two processes."""
+    folder = str(tmp_path_factory.mktemp("two"))
+    return dict(zip(NUMBERS, run_on(2, [(judge_fp64, (trained, name, folder)) for name in NUMBERS]), strict=True))
+
+
+@pytest.mark.parametrize("protocol", NUMBERS)
+def test_two_processes_find_what_one_finds(protocol, trained, on_two, tmp_path):
     alone = judge_fp64(trained, protocol, str(tmp_path))
-    (results,) = run_on(2, [(judge_fp64, (trained, protocol, str(tmp_path / "two")))])
-    for record in results:
+    for record in on_two[protocol]:
         numbers = {name for name, value in alone.items() if isinstance(value, float)}
         assert numbers and all(record[name] == pytest.approx(alone[name], rel=1e-3) for name in numbers)
 
