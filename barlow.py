@@ -21,7 +21,7 @@ The redundancy term costs O(n²d) here where the paper's code pays O(nd²): see 
 
 What you should see: the loss starts near d, since the two views are hardly correlated, and `on_diagonal` falls from
 there. It need not come near 0: with n images, C has rank n - 1 at most, so where d is larger the loss stays above
-d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1, which is 15.5 at n = 256, d = 1024 and 124 in recipe imagenet.
+d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1, which is 36 at n = 128, d = 1024 and 124 in recipe imagenet.
 Sick: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near d², or
 `rank` sticks at a few (the dimensions repeat each other).
 
@@ -104,7 +104,7 @@ class Args:
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
     lambd: float = 0.0051  # lambda, weight of the redundancy term (paper: 0.005)
-    base_lr_biases: float = 0.003  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
+    base_lr_biases: float = 0.1  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
     projector_hidden: int = 1024  # width of the projector's two hidden layers
     projector_dim: int = 1024  # d, width of the embeddings
     crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08

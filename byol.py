@@ -104,7 +104,7 @@ class Args:
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
-    base_tau: float = 0.97  # tau at the first step; the target keeps this share of itself (section 3.3)
+    base_tau: float = 0.9  # tau at the first step; the target keeps this share of itself (section 3.3)
     projector_hidden: int = 1024  # width of the projector's hidden layer
     projector_dim: int = 256  # d, width of projections and predictions
     predictor_hidden: int = 1024  # width of the predictor's hidden layer

@@ -15,7 +15,7 @@ What makes it work beside the loss: strong colour augmentation, and a projector 
     torchrun --nproc_per_node 4 simclr.py --batch-size 1024                  the same result as one process
     torchrun --nproc_per_node 8 simclr.py --recipe imagenet --data-dir /data/imagenet
 
-What you should see: the loss starts near log(2N - 1) (6.2 at N = 256) and falls, fast at first, for as long as you
+What you should see: the loss starts near log(2N - 1) (5.5 at N = 128) and falls, fast at first, for as long as you
 train; `accuracy`, how often the other view comes first, rises towards 1. Sick: the loss stays at log(2N - 1).
 
 Where this file, the paper and the official code differ

@@ -89,7 +89,7 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 0.2  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 0.8  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "sgd"  # the optimizer
     weight_decay: float = 1e-4  # not applied to biases and BatchNorm
     warmup_epochs: float = 0  # linear warm-up of the learning rate from 0
