@@ -93,10 +93,10 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 0.06  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 0.03  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "sgd"  # the optimizer
     weight_decay: float = 1e-4  # not applied to biases and BatchNorm
-    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
+    warmup_epochs: float = 0  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
@@ -127,12 +127,12 @@ RECIPES = {
     # The official CIFAR-10 demo. With --version v2+, which it sums over both directions: --base-lr 0.06.
     "cifar": dict(
         dataset="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), arch="resnet18", stem="small",
-        batch_size=512, epochs=200, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, temperature=0.1,
-        queue_size=4096, crop_min_scale=0.08, log_every=50, eval_every=10, save_every=10,
+        batch_size=512, epochs=200, base_lr=0.03, weight_decay=5e-4, temperature=0.1, queue_size=4096,
+        crop_min_scale=0.08, log_every=50, eval_every=10, save_every=10,
     ),
     # Section 4 and the official code. 800 epochs gain another 3.6 % (v2).
     "imagenet": dict(
-        dataset="folder", image_size=224, arch="resnet50", batch_size=256, epochs=200, warmup_epochs=0, base_lr=0.03,
+        dataset="folder", image_size=224, arch="resnet50", batch_size=256, epochs=200, base_lr=0.03,
         weight_decay=1e-4, queue_size=65536, key_momentum=0.999, blur=True, workers=12,
         log_every=50, eval_every=10, save_every=1,
     ),

@@ -96,11 +96,11 @@ def test_when_a_rank_dies_the_others_end_too(tmp_path):
 
 @needs_proc
 def test_torchrun_restarts_the_run_where_it_was(tmp_path):
-    line = command("vicreg", tmp_path / "run", processes=2, epochs=30, eval_every=30)
+    line = command("vicreg", tmp_path / "run", processes=2, epochs=6, eval_every=6)
     line.insert(line.index("--standalone"), "--max-restarts=1")
     status, said = kill_a_rank(line, "step 9/")
-    assert status == 0 and "continuing after step" in said and "step 120/120" in said
-    module("vicreg").main(tiny("vicreg", tmp_path / "alone", epochs=30, eval_every=30))
+    assert status == 0 and "continuing after step" in said and "step 24/24" in said
+    module("vicreg").main(tiny("vicreg", tmp_path / "alone", epochs=6, eval_every=6))
     together, alone = (metrics(tmp_path / name)[-1]["knn_top1"] for name in ("run", "alone"))
     assert together == pytest.approx(alone, abs=0.06), "one test image is 0.025"
 
