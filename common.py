@@ -1019,12 +1019,13 @@ class LARS(torch.optim.Optimizer):
                 continue
             updates = [p.grad for p in params]
             if group["adapt"]:
-                if group["weight_decay"]:
-                    updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                updates = torch._foreach_add(
+                    updates, params, alpha=group["weight_decay"]
+                )  # a copy: scaled in place below
                 p_norm = torch.stack(torch._foreach_norm(params))
                 g_norm = torch.stack(torch._foreach_norm(updates))
                 ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
-                updates = torch._foreach_mul(updates, list(ratio.unbind()))
+                torch._foreach_mul_(updates, list(ratio.unbind()))
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import vectors
 from hypothesis import assume, given, settings
