@@ -1,7 +1,6 @@
 """The number of processes is a matter of speed, never of result."""
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -30,11 +29,6 @@ def train(method: str, folder: str, flags: dict) -> dict[str, float]:
     return module(method).main(tiny(method, Path(folder), **flags))
 
 
-def keep(folder: str, copy: str) -> None:
-    if common.rank_and_world()[0] == 0:
-        shutil.copytree(folder, copy)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder <world>/<method> <run> for every combination, all trained; and "4 then 1" for every method."""
@@ -46,9 +40,8 @@ def runs(tmp_path_factory) -> Path:
 
     for world in WORLDS:
         jobs = [job(str(world), method, name) for method in METHODS for name in ON[world]]
-        if world == 4:  # stopped after five steps and kept there for one process, then continued
-            stopped = [job("4", method, "float64 lars", max_steps=5) for method in METHODS]
-            jobs = [*stopped, (keep, (str(root / "4"), str(root / "4 then 1"))), *jobs]
+        if world == 4:
+            jobs += [job("4 then 1", method, "float64 lars", max_steps=5) for method in METHODS]
         if world > 1:
             run_on(world, jobs)
         else:
