@@ -16,7 +16,7 @@ the dimensions from repeating each other (try `--lambd 0`).
 The redundancy term costs O(n²d) here where the paper's code pays O(nd²): see `barlow_twins_loss`.
 
     python barlow.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 barlow.py --batch-size 1024                  the same result as one process
+    torchrun --nproc_per_node 4 barlow.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 barlow.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near d, since the two views are hardly correlated, and `on_diagonal` falls from

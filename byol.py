@@ -18,7 +18,7 @@ the projector and a target that moves slowly. Take the predictor away (`--no-pre
 VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: 69.3 % without, 70.2 % with variance, 69.5 % with both).
 
     python byol.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 byol.py --batch-size 1024                  the same result as one process
+    torchrun --nproc_per_node 4 byol.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 byol.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise

@@ -12,7 +12,7 @@ there is to it, and more of them help: the batch is large, and the embeddings of
 What makes it work beside the loss: strong colour augmentation, and a projector that is thrown away afterwards.
 
     python simclr.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 simclr.py --batch-size 1024                  the same result as one process
+    torchrun --nproc_per_node 4 simclr.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 simclr.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near log(2N - 1) (5.5 at N = 128) and falls, fast at first, for as long as you

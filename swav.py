@@ -15,7 +15,7 @@ Multi-crop makes views cheap: small crops of small parts are predicted from, and
 A batch much smaller than K cannot use all prototypes equally: a queue of older embeddings joins it (`--queue-length`).
 
     python swav.py                                              some minutes on two CPU cores
-    torchrun --nproc_per_node 4 swav.py --batch-size 1024                  the same result as one process
+    torchrun --nproc_per_node 4 swav.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts a little above log K (5.2 at K = 128) and falls towards `entropy`, that of the

@@ -15,7 +15,7 @@ dimensions from repeating each other. The two branches need not share weights (`
 The covariance term costs O(n²d) here where the papers write O(nd²): |ZᵀZ|² = |ZZᵀ|², see `covariance_loss`.
 
     python vicreg.py                                            four minutes on two CPU cores
-    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024                  the same result as one process
+    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 vicreg.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near 25 (variance term near 0.75, invariance below 0.2), and is slow to fall: the
