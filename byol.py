@@ -18,7 +18,7 @@ the projector and a target that moves slowly. Take the predictor away (`--no-pre
 VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: 69.3 % without, 70.2 % with variance, 69.5 % with both).
 
     python byol.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 byol.py --batch-size 1024     the same result as one process, sooner
+    torchrun --nproc_per_node 4 byol.py                       the same result as one process, sooner
     torchrun --nproc_per_node 8 byol.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise
@@ -29,8 +29,11 @@ Where this file, the paper and the official code differ
     initial target    a copy of the online network (official code: random weights of its own, from another seed). A
                       moving average has to start somewhere; a few times 1/(1 - tau) steps later no start is left of
                       it, but a short run would spend them predicting a random network, which `--init` would not reach
-    residual branches start at zero, as the official code (paper: not)
+    residual branches start at zero in `cifar` and `imagenet`, as the official code, not in `quick` (paper: not)
     brightness        multiplicative, as torchvision (official code: additive)
+    predictor         ten times the learning rate in the `quick` recipe, whose target moves fast: a predictor that lags
+                      behind lets the embeddings fall into few dimensions (paper: as the rest; ten times it where
+                      the moving average is left out, in the appendix on the near-optimal predictor)
     initial weights   torchvision's and PyTorch's (official code: truncated normal, biases 0)
     linear classifier trained afterwards by evaluate.py (official code: along with BYOL, without gradient to it)
 """
@@ -84,13 +87,13 @@ class Args:
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    batch_size: int = 64  # images per step over all processes; 0: 128, or what a smaller dataset allows
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 4.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
-    weight_decay: float = 1e-6  # not applied to biases and BatchNorm
+    weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -109,6 +112,8 @@ class Args:
     projector_dim: int = 256  # d, width of projections and predictions
     predictor_hidden: int = 1024  # width of the predictor's hidden layer
     predictor: bool = True  # without it, training collapses (table 5)
+    predictor_lr_factor: float = 10.0  # learning rate of the predictor's weights over that of the rest; the paper: 1
+    zero_init: bool = False  # start residual branches at zero: slower at first, and `quick` is short
     std_coeff: float = 0.0  # weight of VICReg's variance penalty on the online projections
     cov_coeff: float = 0.0  # weight of VICReg's covariance penalty on the online projections
     crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
@@ -116,7 +121,7 @@ class Args:
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
     blur: bool = False  # Gaussian blur; part of the paper's views, for large images
-    solarize: bool = True  # invert bright values
+    solarize: bool = False  # invert bright values; part of the paper's views
 
 
 RECIPES = {
@@ -124,15 +129,15 @@ RECIPES = {
     # Optimizer of the official small recipe (Imagenette), heads and tau of solo-learn's CIFAR recipe.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=256, epochs=200, warmup_epochs=10, base_lr=2.0,
-        weight_decay=1e-6, base_tau=0.99, projector_hidden=4096, predictor_hidden=4096,
-        log_every=50, eval_every=10, save_every=10,
+        weight_decay=1e-6, base_tau=0.99, projector_hidden=4096, predictor_hidden=4096, predictor_lr_factor=1.0,
+        zero_init=True, solarize=True, log_every=50, eval_every=10, save_every=10,
     ),
     # Section 3.3 and the official code. 300 epochs: --epochs 300 --base-lr 0.3 --weight-decay 1e-6 --base-tau 0.99;
     # 100 epochs: --epochs 100 --base-lr 0.45 --weight-decay 1e-6 --base-tau 0.99.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=1000, warmup_epochs=10, base_lr=0.2,
-        weight_decay=1.5e-6, base_tau=0.996, projector_hidden=4096, predictor_hidden=4096, crop_min_scale=0.08,
-        blur=True, workers=12,
+        weight_decay=1.5e-6, base_tau=0.996, projector_hidden=4096, predictor_hidden=4096, predictor_lr_factor=1.0,
+        zero_init=True, crop_min_scale=0.08, blur=True, solarize=True, workers=12,
         log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
@@ -144,6 +149,8 @@ def check(args: Args) -> None:
         fail(f"--base-tau {args.base_tau} is not between 0 and 1")
     if min(args.projector_hidden, args.projector_dim, args.predictor_hidden) < 1:
         fail("--projector-hidden, --projector-dim and --predictor-hidden must be at least 1")
+    if not args.predictor_lr_factor > 0:
+        fail(f"--predictor-lr-factor must be positive, not {args.predictor_lr_factor}")
     if not (args.std_coeff >= 0 and args.cov_coeff >= 0):
         fail("--std-coeff and --cov-coeff must not be negative")
 
@@ -211,7 +218,7 @@ class BYOL(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.backbone, width = backbone(args.arch, args.stem, zero_init=True)
+        self.backbone, width = backbone(args.arch, args.stem, zero_init=args.zero_init)
         hidden, d = args.projector_hidden, args.projector_dim
         self.projector = nn.Sequential(
             nn.Linear(width, hidden),
@@ -292,9 +299,14 @@ def main(args: Args) -> dict[str, float]:
     model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
     # --- end shared: model ---
     target = Target(model)
-    weights = [p for p in model.parameters() if p.ndim > 1]
+    weights = [p for part in (model.backbone, model.projector) for p in part.parameters() if p.ndim > 1]
+    predictor = [p for p in model.predictor.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]  # biases and BatchNorm: no decay, no adaptation
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
+    groups = [
+        {"params": weights, "factor": 1.0},
+        {"params": predictor, "factor": args.predictor_lr_factor},
+        {"params": others, "factor": 1.0, "weight_decay": 0.0, "adapt": False},
+    ]
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -319,7 +331,7 @@ def main(args: Args) -> dict[str, float]:
     for step, ((x1, x2), (draws1, draws2)) in enumerate(views, run.first_step):
         lr = cosine_schedule(step, run.total_steps, warmup_steps, peak_lr, final=0.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["factor"] * lr
         x1 = augment(x1, draws1, args, blur=1.0, solarization=0.0)  # n×3×s×s
         x2 = augment(x2, draws2, args, blur=0.1, solarization=0.2)
         with autocast:

@@ -670,26 +670,26 @@ def _stripes(s, t, u):
 
 
 def _zigzag(s, t, u):
-    return 0.25 - abs(_wrap(s + u[:, 0] + 1.6 * abs(_wrap(0.6 * t + u[:, 1]))))
+    return 0.12 - abs(_wrap(0.75 * s + u[:, 0] + 1.8 * abs(_wrap(0.4 * t + u[:, 1]))))
 
 
 def _bricks(s, t, u):
-    s, t = 0.55 * s + u[:, 0], 1.1 * t + u[:, 1]
-    return 0.13 - np.minimum(1.8 * abs(_wrap(s + 0.5 * (np.floor(t) % 2))), abs(_wrap(t)))
+    s, t = 0.45 * s + u[:, 0], 0.9 * t + u[:, 1]
+    return np.minimum(1.8 * abs(_wrap(s + 0.5 * (np.floor(t) % 2))), abs(_wrap(t))) - 0.13
 
 
-def _grid(s, t, u):
-    return 0.1 - np.minimum(abs(_wrap(0.75 * s + u[:, 0])), abs(_wrap(0.75 * t + u[:, 1])))
+def _checks(s, t, u):
+    return 0.25 * np.sin(np.pi * (s + 2 * u[:, 0])) * np.sin(np.pi * (t + 2 * u[:, 1]))
 
 
 def _dots(s, t, u):
-    s, t = s + u[:, 0], t + u[:, 1]
+    s, t = 0.75 * s + u[:, 0], 0.75 * t + u[:, 1]
     return 0.25 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
 
 
 def _triangles(s, t, u):
-    s, t = 0.7 * np.pi * (s + 3 * u[:, 0]), 0.7 * np.pi * (t + 3 * u[:, 1])
-    return 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
+    s, t = 0.6 * np.pi * (s + 3 * u[:, 0]), 0.6 * np.pi * (t + 3 * u[:, 1])
+    return 0.15 + 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
 
 
 def _rays(s, t, u):
@@ -712,7 +712,7 @@ def _clouds(s, t, u):
 
 
 _FAMILIES = dict(
-    stripes=_stripes, zigzag=_zigzag, bricks=_bricks, grid=_grid, dots=_dots,
+    stripes=_stripes, zigzag=_zigzag, bricks=_bricks, checks=_checks, dots=_dots,
     triangles=_triangles, rays=_rays, rings=_rings, spiral=_spiral, clouds=_clouds,
 )  # fmt: skip
 PATTERN_CLASSES = tuple(_FAMILIES)
@@ -722,29 +722,35 @@ def patterns(split: str, count: int, seed: int = 0) -> Data:
     """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
 
     The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and nothing else: angle, phase,
-    period, polarity, contrast, brightness, a faint wash of colour and pixel noise are drawn anew for every image. The
-    colours are muted, lest they tell images apart and make the family superfluous.
+    period, shear, a faint wash of colour and pixel noise are drawn anew for every image. Contrast and
+    brightness are the same for all and the colours muted: these survive a crop so easily that methods which only
+    predict one view from another (BYOL, SimSiam) would learn them instead. Shading, by which raw pixels are told
+    apart, is taken out.
     """
     draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
-    u = draws.random((count, 29, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
+    u = draws.random((count, 27, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
     labels = np.arange(count) % len(PATTERN_CLASSES)
 
     y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
-    turn, period = 2 * np.pi * u[:, 0], 5 * 2 ** (1.2 * u[:, 1])  # pixels
-    s, t = (np.cos(turn) * x + np.sin(turn) * y) / period, (np.cos(turn) * y - np.sin(turn) * x) / period
+    turn, period = 2 * np.pi * u[:, 0], 4.5 * 2 ** (1.3 * u[:, 1])  # pixels
+    sheared = x + 2 * (u[:, 2] - 0.5) * y
+    s = (np.cos(turn) * sheared + np.sin(turn) * y) / period
+    t = (np.cos(turn) * y - np.sin(turn) * sheared) / period
     ink = np.empty_like(s)
     for label, family in enumerate(_FAMILIES.values()):
         own = labels == label
-        ink[own] = family(s[own], t[own], u[own, 13:])
-    ink = np.tanh(1.5 * period * ink) * np.sign(u[:, 2] - 0.5)  # soft edges, either polarity
+        ink[own] = family(s[own], t[own], u[own, 11:])
+    ink = np.tanh(1.5 * period * ink)  # soft edges
+    blur = blur_matrix(torch.tensor([1.2]), 9, 32)[0].numpy()
+    ink -= blur @ ink @ blur.T  # no shading
     ink -= ink.mean((1, 2), keepdims=True)
-    ink *= (0.08 + 0.1 * u[:, 3]) / (ink.std((1, 2), keepdims=True) + 1e-6)
+    ink *= 0.2 / (ink.std((1, 2), keepdims=True) + 1e-6)
 
-    turn, phase = 2 * np.pi * u[:, 4], 2 * np.pi * u[:, 5:6] + 0.6 * u[:, 6:9]  # the channels a little out of step
-    wash = np.sin(2 * np.pi / 45 * (np.cos(turn) * x + np.sin(turn) * y)[:, None] + phase)
+    turn, phase = 2 * np.pi * u[:, 3], 2 * np.pi * u[:, 4:5] + 0.6 * u[:, 5:8]  # the channels a little out of step
+    wash = np.sin(2 * np.pi / 25 * (np.cos(turn) * x + np.sin(turn) * y)[:, None] + phase)
     images = grains.standard_normal(wash.shape, dtype=np.float32)
-    images *= 0.05
-    images += 0.5 + 0.2 * (u[:, 12:13] - 0.5) + 0.1 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 9:12])
+    images *= 0.02
+    images += 0.5 + 0.04 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 8:11])
     pixels = torch.from_numpy((255 * images.clip(0, 1)).astype(np.uint8))
     return Data(pixels, None, torch.from_numpy(labels), list(PATTERN_CLASSES))
 

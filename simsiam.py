@@ -20,7 +20,7 @@ last BatchNorm holds every variance of the projections at 1, so the variance pen
 inputs have all but collapsed (standard deviation under 0.05 at n = 256).
 
     python simsiam.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 simsiam.py --batch-size 1024     the same result as one process, sooner
+    torchrun --nproc_per_node 4 simsiam.py                       the same result as one process, sooner
     torchrun --nproc_per_node 8 simsiam.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near 0 and falls towards -0.9; `std`, the standard deviation of the normalised
@@ -34,7 +34,11 @@ Where this file, the paper and the official code differ
     projector         the last linear layer has no bias (official code: a frozen one, which BatchNorm takes out again)
     flip              before the colours instead of last, which is the same: every step between treats left as right
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
-    warm-up           none, as the official code (paper: 10 epochs from batch 1024 on: `--warmup-epochs 10`)
+    predictor         ten times the learning rate in the `quick` recipe, which is short: a predictor that lags behind
+                      lets the projections fall into few dimensions (paper and official code: as the rest)
+    residual branches start at zero in `cifar` and `imagenet`, as the official code, not in `quick`
+    warm-up           two epochs in `quick`; none in the others, as the official code (paper: 10 epochs from batch 1024
+                      on: `--warmup-epochs 10`)
     weight decay      on every parameter, as the official code; with `--optimizer lars`, biases and BatchNorm are left
                       out of decay and adaptation, as LARS is used everywhere else
 """
@@ -85,14 +89,14 @@ class Args:
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    batch_size: int = 64  # images per step over all processes; 0: 128, or what a smaller dataset allows
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 0.8  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 0.4  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "sgd"  # the optimizer
-    weight_decay: float = 1e-4  # not applied to biases and BatchNorm
-    warmup_epochs: float = 0  # linear warm-up of the learning rate from 0
+    weight_decay: float = 1e-4  # on which parameters: see `groups` in main
+    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
@@ -105,11 +109,13 @@ class Args:
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
-    projector_layers: int = 3  # of the projector: 3, or 2 on CIFAR-10 (appendix D)
+    projector_layers: int = 2  # of the projector: 3, or 2 on CIFAR-10 (appendix D)
     projector_dim: int = 1024  # d, width of every layer of the projector; the predictor's bottleneck is d/4
     predictor: bool = True  # without it, training collapses (section 4.2)
     stop_gradient: bool = True  # without it, training collapses (section 4.1)
     fix_predictor_lr: bool = True  # leave the predictor's learning rate at its peak (table 1c)
+    predictor_lr_factor: float = 10.0  # learning rate of the predictor over that of the rest; the paper: 1
+    zero_init: bool = False  # start residual branches at zero: slower at first, and `quick` is short
     std_coeff: float = 0.0  # weight of VICReg's variance penalty on the projections
     cov_coeff: float = 0.0  # weight of VICReg's covariance penalty on the projections
     crop_min_scale: float = 0.2  # smallest share of the area that a crop keeps
@@ -123,14 +129,15 @@ RECIPES = {
     "quick": {},
     # Appendix D, which trains 800 epochs.
     "cifar": dict(
-        dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, base_lr=0.03,
-        weight_decay=5e-4, projector_layers=2, projector_dim=2048,
+        dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=0, base_lr=0.03,
+        weight_decay=5e-4, projector_layers=2, projector_dim=2048, predictor_lr_factor=1.0, zero_init=True,
         log_every=50, eval_every=10, save_every=10,
     ),
     # Section 3 and the official code.
     "imagenet": dict(
-        dataset="folder", image_size=224, arch="resnet50", batch_size=512, epochs=100, base_lr=0.05,
-        weight_decay=1e-4, projector_dim=2048, blur=True, workers=12,
+        dataset="folder", image_size=224, arch="resnet50", batch_size=512, epochs=100, warmup_epochs=0, base_lr=0.05,
+        weight_decay=1e-4, projector_layers=3, projector_dim=2048, predictor_lr_factor=1.0, zero_init=True, blur=True,
+        workers=12,
         log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
@@ -142,6 +149,8 @@ def check(args: Args) -> None:
         fail(f"--projector-layers {args.projector_layers} is not 2 or 3")
     if args.projector_dim < 4:
         fail(f"--projector-dim {args.projector_dim} leaves nothing for a bottleneck of a quarter; take at least 4")
+    if not args.predictor_lr_factor > 0:
+        fail(f"--predictor-lr-factor must be positive, not {args.predictor_lr_factor}")
     if not (args.std_coeff >= 0 and args.cov_coeff >= 0):
         fail("--std-coeff and --cov-coeff must not be negative")
 
@@ -206,7 +215,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        self.backbone, width = backbone(args.arch, args.stem, zero_init=True)
+        self.backbone, width = backbone(args.arch, args.stem, zero_init=args.zero_init)
         d = args.projector_dim
         middle = [nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(
@@ -258,7 +267,9 @@ def main(args: Args) -> dict[str, float]:
     for module, fixed in (model.backbone, False), (model.projector, False), (model.predictor, args.fix_predictor_lr):
         weights = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim == 1]
-        groups += [{"params": weights, "fixed": fixed}, {"params": others, "fixed": fixed, "adapt": False}]
+        factor = args.predictor_lr_factor if module is model.predictor else 1.0
+        common = {"fixed": fixed, "factor": factor}
+        groups += [{"params": weights, **common}, {"params": others, **common, "adapt": False}]
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -280,7 +291,7 @@ def main(args: Args) -> dict[str, float]:
     for step, ((x1, x2), (draws1, draws2)) in enumerate(views, run.first_step):
         lr = cosine_schedule(step, run.total_steps, warmup_steps, peak_lr, final=0.0)
         for group in optimizer.param_groups:
-            group["lr"] = peak_lr if group["fixed"] else lr
+            group["lr"] = group["factor"] * (peak_lr if group["fixed"] else lr)
         x1 = augment(x1, draws1, args)  # n×3×s×s
         x2 = augment(x2, draws2, args)
         with autocast:

@@ -18,20 +18,22 @@ A batch much smaller than K cannot use all prototypes equally: a queue of older 
     torchrun --nproc_per_node 4 swav.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
 
-What you should see: the loss starts a little above log K (5.2 at K = 128) and falls towards `entropy`, that of the
+What you should see: the loss starts a little above log K (4.7 at K = 64) and falls towards `entropy`, that of the
 codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K. Sick:
-the loss stays at log K with the accuracy near 1/K; then lower --epsilon to 0.03 or freeze the prototypes for longer.
+the loss stays at log K with the accuracy near 1/K; then lower --epsilon or freeze the prototypes for longer.
 
 Where this file, the paper and the official code differ
-    LARS              BYOL's variant, biases and BatchNorm neither adapted nor decayed (official code: LARC on every
-                      tensor; it scales up the gradient of a bias before BatchNorm, which is nothing but rounding)
+    LARS              on every tensor, biases and BatchNorm too, as the official code's LARC; in the denominator is the
+                      norm of gradient and decay together (LARC: the sum of their norms)
+    projector         no bias before BatchNorm, which removes it (official code: with one, whose gradient is nothing but
+                      rounding; LARC scales it up)
     warm-up           linear from 0 (official code: from 0.3 to 4.8, one sixteenth of the peak)
     Sinkhorn          factors of rows and columns instead of dividing the matrix: the same numbers, half the time
     scores            in float32 also under autocast (official code: half; bf16 would change the codes by some per cent)
     queue             its rows are kept once for all processes (official code: each has the rows of its own images)
     BatchNorm         over the images of all processes (official code, at batch 4096: of groups of eight GPUs)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
-    small images      `cifar`: two crops and few prototypes, as others found (the paper has none)
+    small images      two crops and few prototypes; `quick` has sharper codes, too (the paper has no small images)
 """
 
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ class Args:
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
-    weight_decay: float = 1e-6  # not applied to biases and BatchNorm
+    weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -101,18 +103,18 @@ class Args:
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
     temperature: float = 0.1  # T of the predictions; the codes have epsilon
-    epsilon: float = 0.05  # sharpness of the codes: smaller is sharper
+    epsilon: float = 0.02  # sharpness of the codes: smaller is sharper; the paper: 0.05
     sinkhorn_iterations: int = 3  # of one normalisation over the batch and one over the prototypes
-    prototypes: int = 128  # K; the paper's 3000 need batches, or a queue, of about that many images
+    prototypes: int = 64  # K; the paper's 3000 need batches, or a queue, of about that many images
     freeze_prototypes_epochs: float = 1  # leave the prototypes as they are for so long
     queue_length: int = 0  # older embeddings that join the batch in Sinkhorn, a multiple of the batch size; 0: none
     queue_start_epoch: int = 15  # when the queue begins to fill
     projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
     projector_dim: int = 128  # d, width of the embeddings
-    small_crops: int = 4  # views beside the two large ones
+    small_crops: int = 0  # views beside the two large ones; the paper, for large images: 6
     small_size: int = 16  # their side in pixels
     small_scale: tuple[float, float] = (0.14, 0.4)  # share of the area that they keep (ImageNet: 0.05 to 0.14)
-    crop_min_scale: float = 0.0  # smallest share that a large crop keeps; 0: 0.14 beside small crops, else 0.08
+    crop_min_scale: float = 0.2  # smallest share of the area that a large crop keeps; paper: 0.14 beside small ones
     jitter_strength: float = 0.5  # s, strength of the colour jitter; the paper, for large images: 1
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
@@ -125,14 +127,14 @@ RECIPES = {
     # No paper's: two crops and 512 prototypes suit 32 pixels better than multi-crop and 3000.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=10, base_lr=1.0,
-        prototypes=512, small_crops=0, projector_hidden=2048, jitter_strength=0.5,
+        epsilon=0.05, prototypes=512, crop_min_scale=0.08, projector_hidden=2048, jitter_strength=0.5,
         log_every=50, eval_every=10, save_every=10,
     ),
     # The official code's 800 epochs. Batch 256: --batch-size 256 --base-lr 0.6 --warmup-epochs 0 --queue-length 3840.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3,
-        weight_decay=1e-6, prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96,
-        small_scale=(0.05, 0.14), jitter_strength=1.0, blur=True, workers=12,
+        weight_decay=1e-6, epsilon=0.05, prototypes=3000, projector_hidden=2048, crop_min_scale=0.14, small_crops=6,
+        small_size=96, small_scale=(0.05, 0.14), jitter_strength=1.0, blur=True, workers=12,
         log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
@@ -143,8 +145,7 @@ RECIPES = {
 
 def crops(args: Args) -> list[Crop]:
     """The first step of each view, made where the image is decoded: two large crops, then the small ones."""
-    low = args.crop_min_scale or (0.14 if args.small_crops else 0.08)
-    large = Crop(args.image_size, (low, 1.0), "bilinear", flip=0.5 * args.flip)
+    large = Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear", flip=0.5 * args.flip)
     small = Crop(args.small_size, args.small_scale, "bilinear", flip=0.5 * args.flip)
     return [large] * 2 + [small] * args.small_crops
 
@@ -240,7 +241,7 @@ class SwAV(nn.Module):
         self.backbone, width = backbone(args.arch, args.stem, zero_init=False)
         hidden, d = args.projector_hidden, args.projector_dim
         self.projector = nn.Sequential(
-            nn.Linear(width, hidden),
+            nn.Linear(width, hidden, bias=False),
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, d),
@@ -334,9 +335,7 @@ def main(args: Args) -> dict[str, float]:
         load_encoder(model.backbone, args.init)
     model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
     # --- end shared: model ---
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]  # biases and BatchNorm: no decay, no adaptation
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
+    groups = [{"params": list(model.parameters())}]  # biases and BatchNorm as all others
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)

@@ -491,7 +491,7 @@ def tiny(monkeypatch):
 
 def train(folder, **flags) -> dict[str, float]:
     small = dict(
-        image_size=16, batch_size=8, bn_groups=2, queue_size=24, head_dim=8, epochs=2, base_lr=0.1, log_every=1
+        image_size=16, batch_size=8, bn_groups=2, queue_size=24, head_dim=8, epochs=2, warmup_epochs=0, log_every=1
     )
     return moco.main(Args(**small | {"run_dir": str(folder)} | flags))
 
