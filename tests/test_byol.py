@@ -274,6 +274,16 @@ def test_the_target_moves_after_the_optimizer_and_by_tau(train, optimizer):
         close(later["target"][name], want, rtol=1e-5, atol=1e-7)
 
 
+def test_the_predictors_weights_learn_faster_by_the_factor(train):
+    saved = train(base_lr=0.64, warmup_epochs=0, max_steps=1, predictor_lr_factor=7.0)
+    rates = {number: group["lr"] for group in saved["optimizer"]["param_groups"] for number in group["params"]}
+    shapes = {number: buffers["momentum_buffer"].ndim for number, buffers in saved["optimizer"]["state"].items()}
+    peak = 0.64 * SMALL.batch_size / 256
+    fast = [number for number, rate in rates.items() if rate == pytest.approx(7 * peak)]
+    assert len(fast) == 2 and all(shapes[number] == 2 for number in fast)
+    assert all(rate == pytest.approx(peak) for number, rate in rates.items() if number not in fast)
+
+
 def test_running_statistics_of_the_target_come_from_its_own_passes(train):
     saved = train(max_steps=3)
     assert saved["target"]["backbone.1.num_batches_tracked"].item() == 6  # two views in each of three steps
@@ -293,7 +303,13 @@ def test_a_continued_run_continues_the_target(train):
 
 @pytest.mark.parametrize(
     "flags",
-    [{"base_tau": 1.5}, {"base_tau": math.nan}, {"projector_dim": 0}, {"std_coeff": -1.0}, {"cov_coeff": math.nan}],
+    [
+        {"base_tau": 1.5},
+        {"base_tau": math.nan},
+        {"projector_dim": 0},
+        {"predictor_lr_factor": 0.0},
+        {"cov_coeff": math.nan},
+    ],
 )
 def test_impossible_flags_end_in_one_line(flags, capsys):
     with pytest.raises(SystemExit) as end:

@@ -22,8 +22,8 @@ REGION = re.compile(r"^ *# --- shared: (\w+) ---\n(.*?)^ *# --- end shared: \1 -
 OTHER_DEFAULTS = {
     "vicreg": {"mean", "std"},
     "barlow": {"mean", "std"},
-    "byol": {"mean", "std", "batch_size", "base_lr"},
-    "simsiam": {"mean", "std", "batch_size", "base_lr", "optimizer", "weight_decay"},
+    "byol": {"mean", "std", "batch_size", "epochs", "base_lr"},
+    "simsiam": {"mean", "std", "batch_size", "epochs", "base_lr", "optimizer", "weight_decay"},
     "swav": {"mean", "std"},
     "moco": {"mean", "std", "base_lr", "optimizer", "weight_decay"},
 }

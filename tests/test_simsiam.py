@@ -205,11 +205,12 @@ def train(tmp_path, monkeypatch):
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 @pytest.mark.parametrize("fixed", [True, False])
 def test_the_learning_rate_of_the_predictor_stays_at_its_peak(train, optimizer, fixed):
-    saved = train(optimizer=optimizer, fix_predictor_lr=fixed, base_lr=0.64, warmup_epochs=1)
+    flags = dict(fix_predictor_lr=fixed, predictor_lr_factor=3.0)
+    saved = train(optimizer=optimizer, base_lr=0.64, warmup_epochs=1, **flags)
     peak = 0.64 * 4 / 256
     final = peak * (1 + math.cos(math.pi * 7 / 8)) / 2  # the last of 8 steps after 2 of warm-up
     rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]  # backbone, projector, predictor: two each
-    assert rates == pytest.approx([final] * 4 + [peak if fixed else final] * 2)
+    assert rates == pytest.approx([final] * 4 + [3 * (peak if fixed else final)] * 2)
 
 
 @pytest.mark.parametrize("fixed", [True, False])
