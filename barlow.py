@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -177,7 +178,7 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
 
     The variance is the biased one, over n. eps keeps a constant dimension at 0, with a finite gradient.
     """
-    return (z - z.mean(dim=0)) * (z.var(dim=0, correction=0) + eps).rsqrt()
+    return F.batch_norm(z, None, None, training=True, eps=eps)
 
 
 class _GramProduct(torch.autograd.Function):

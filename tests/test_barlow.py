@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 import vectors
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,14 +74,14 @@ def test_equals_the_equations_in_plain_loops(views, lambd):
 
 @given(matrices())
 def test_standardising_is_batchnorm_without_scale_and_shift(z):
-    close(standardize(z), F.batch_norm(z, None, None, training=True, eps=1e-5), rtol=1e-8, atol=1e-8)
+    close(standardize(z), (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt(), rtol=1e-8, atol=1e-8)
 
 
 @given(matrices(rows=st.integers(2, 9), columns=st.integers(2, 18).map(lambda d: d - d % 2)))
 def test_both_gram_sides_have_the_same_value_and_gradient(z):
     """The d×d form of the paper, whichever form the shape makes barlow_twins_loss take."""
     z, y = z.clone().requires_grad_(), z.clone().requires_grad_()
-    z1, z2 = (F.batch_norm(half, None, None, training=True, eps=1e-5) for half in in_two(z))
+    z1, z2 = ((half - half.mean(0)) / (half.var(0, correction=0) + 1e-5).sqrt() for half in in_two(z))
     c = z1.T @ z2 / len(z)
     rest = c * (1 - torch.eye(len(c), dtype=c.dtype))
     want = ((torch.diagonal(c) - 1) ** 2).sum() + 0.1 * (rest**2).sum()

@@ -307,6 +307,7 @@ def test_a_continued_run_continues_the_target(train):
         {"base_tau": 1.5},
         {"base_tau": math.nan},
         {"projector_dim": 0},
+        {"std_coeff": -1.0},
         {"predictor_lr_factor": 0.0},
         {"cov_coeff": math.nan},
     ],
