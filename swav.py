@@ -18,7 +18,7 @@ A batch much smaller than K cannot use all prototypes equally: a queue of older 
     torchrun --nproc_per_node 4 swav.py --batch-size 1024     the same result as one process, sooner
     torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
 
-What you should see: the loss starts a little above log K (4.7 at K = 64) and falls towards `entropy`, that of the
+What you should see: the loss starts a little above log K (4.2 at K = 64) and falls towards `entropy`, that of the
 codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K. Sick:
 the loss stays at log K with the accuracy near 1/K; then lower --epsilon or freeze the prototypes for longer.
 

@@ -83,10 +83,10 @@ class Args:
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
+    base_lr: float = 1.5  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
-    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
+    warmup_epochs: float = 3  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
