@@ -21,7 +21,7 @@ The covariance term costs O(n²d) here where the papers write O(nd²): |ZᵀZ|²
 What you should see: the loss starts near 25 (variance term near 0.75, invariance below 0.2), and is slow to fall: the
 variance term rises at first, while the two views come together, and then sinks as the embeddings spread; the covariance
 term rises from almost nothing and settles near 1 to 2. With `python vicreg.py` the loss ends near 19, and the online
-kNN goes from 25 % to 84 %. Sick: `std` near 0 (complete collapse), or `rank` at 1 or 2 (dimensional collapse).
+kNN goes from 44 % to 88 %. Sick: `std` near 0 (complete collapse), or `rank` at 1 or 2 (dimensional collapse).
 
 Where this file, the paper and the official code differ
     normalisation     as the official code: invariance is a mean over n and d (eq. 5: a sum over d), variance is halved
