@@ -268,8 +268,10 @@ def main(args: Args) -> dict[str, float]:
         weights = [p for p in module.parameters() if p.ndim > 1]
         others = [p for p in module.parameters() if p.ndim == 1]
         factor = args.predictor_lr_factor if module is model.predictor else 1.0
-        common = {"fixed": fixed, "factor": factor}
-        groups += [{"params": weights, **common}, {"params": others, **common, "adapt": False}]
+        groups += [
+            {"params": weights, "fixed": fixed, "factor": factor},
+            {"params": others, "fixed": fixed, "factor": factor, "adapt": False},
+        ]
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
