@@ -500,6 +500,13 @@ def train(tmp_path, monkeypatch):
     return run
 
 
+def test_lars_adapts_and_decays_every_tensor_as_larc_does(train):
+    saved, _ = train("run", optimizer="lars", weight_decay=0.5, max_steps=1)
+    groups = saved["optimizer"]["param_groups"]
+    assert all(group["adapt"] and group["weight_decay"] == 0.5 for group in groups)
+    assert sum(len(group["params"]) for group in groups) == len(list(SwAV(Args(**TINY)).parameters()))
+
+
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 def test_frozen_prototypes_neither_move_nor_gather_momentum(train, optimizer):
     torch.manual_seed(0)
