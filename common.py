@@ -1121,7 +1121,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 
 # A run may be continued with other values of these flags; the others decide what it computes.
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
-FREE_FLAGS |= {"run_dir", "overwrite", "tensorboard"}
+FREE_FLAGS |= {"run_dir", "overwrite", "tensorboard", "val_loss"}
 RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
 
 
@@ -1247,7 +1247,8 @@ class Run:
                     self.metrics |= record
         atomic_write(file, "".join(kept).encode())
 
-    def _due(self, step: int, epochs: int) -> bool:
+    def due(self, step: int, epochs: int) -> bool:
+        """Whether `step` is the last or ends so many epochs."""
         return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
 
     def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
@@ -1261,7 +1262,7 @@ class Run:
         self.clock = (now, step)
         rate = (step - then_step) / (now - then)  # steps per second
         epoch, images_per_s = step / self.steps_per_epoch, rate * self.args.batch_size
-        self._write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
+        self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
         isotropic, left = z.shape[1] ** -0.5, (self.last_step - step) / rate
         std, effective_rank = health.values()
         if rank_and_world()[0] > 0:
@@ -1288,21 +1289,20 @@ class Run:
         """Every --eval-every epochs, at the end, and of the untrained network: kNN top-1 of `net` on the test split,
         with at most `BANK_LIMIT` labelled training images to compare with.
         """
-        if self.test is None or not self._due(step, self.args.eval_every):
+        if self.test is None or not self.due(step, self.args.eval_every):
             return
         self._check_finite()
-        began = time.perf_counter()
-        bank = (self.train.labels >= 0).nonzero()[:, 0]
-        bank = self.train.subset(bank[torch.linspace(0, len(bank) - 1, min(len(bank), BANK_LIMIT)).long()])
-        how = (self.args, self.device, self.dtype, self.autocast)
-        train_x, test_x = features(net, bank, *how), features(net, self.test, *how)
-        train_y, test_y = bank.labels.to(self.device), self.test.labels.to(self.device)
-        knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=min(20, len(bank)))
-        self._write({"step": step, "knn_top1": knn_top1})
-        if rank_and_world()[0] == 0:
-            what = f"step {step}/{self.last_step}" if step else "untrained network"
-            print(f"{what}: online kNN {100 * knn_top1:.1f} %", flush=True)
-        self._do_not_count(began)
+        with self.uncounted():
+            bank = (self.train.labels >= 0).nonzero()[:, 0]
+            bank = self.train.subset(bank[torch.linspace(0, len(bank) - 1, min(len(bank), BANK_LIMIT)).long()])
+            how = (self.args, self.device, self.dtype, self.autocast)
+            train_x, test_x = features(net, bank, *how), features(net, self.test, *how)
+            train_y, test_y = bank.labels.to(self.device), self.test.labels.to(self.device)
+            knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=min(20, len(bank)))
+            self.write({"step": step, "knn_top1": knn_top1})
+            if rank_and_world()[0] == 0:
+                what = f"step {step}/{self.last_step}" if step else "untrained network"
+                print(f"{what}: online kNN {100 * knn_top1:.1f} %", flush=True)
 
     def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
         """Every --save-every epochs, at the end and on a signal, which then ends the run: checkpoint and weights.
@@ -1313,19 +1313,18 @@ class Run:
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)  # all ranks stop after the same step
         number = number.item()
-        if not (number or self._due(step, self.args.save_every)):
+        if not (number or self.due(step, self.args.save_every)):
             return
-        began = time.perf_counter()
         self._check_finite()
         if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
             stop(f"step {step}: a weight is no longer finite; nothing was saved since it broke; lower --base-lr")
-        on_rank_0(lambda: self._write_weights(step, model, state))
+        with self.uncounted():
+            on_rank_0(lambda: self._write_weights(step, model, state))
         if number:
             if rank_and_world()[0] == 0:
                 print(f"{signal.Signals(number).name}: saved after step {step}; the same command continues", flush=True)
             self.close()
             raise SystemExit(128 + number)
-        self._do_not_count(began)
 
     def _write_weights(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
         weights = model.state_dict()
@@ -1359,11 +1358,15 @@ class Run:
                 stop(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
         return row
 
-    def _do_not_count(self, began: float) -> None:
-        """Keep the time since `began` out of images per second."""
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Keep the time of what is done within out of images per second."""
+        began = time.perf_counter()
+        yield
         self.clock = (self.clock[0] + time.perf_counter() - began, self.clock[1])
 
-    def _write(self, record: dict[str, float]) -> None:
+    def write(self, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl."""
         self.metrics |= record
         on_rank_0(lambda: self._append(record))
 

@@ -13,8 +13,9 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
 
     knn       every test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest
               training images (Wu et al., arXiv 1805.01978)
-    linear    softmax regression on frozen features by SGD; learning rate and weight decay are chosen on a tenth of the
-              training images held out, never on the test images, then the classifier is trained on all of them.
+    linear    softmax regression on frozen features by SGD, each feature brought to mean 0 and variance 1 over the
+              training images; learning rate and weight decay are chosen on a tenth of the training images held out,
+              never on the test images, then the classifier is trained on all of them.
               The features are computed once, without augmentation; with `--augment` anew in every epoch from
               random resized crops and flips, as in the papers
     finetune  backbone and classifier together, each with its own learning rate, on random resized crops and flips
@@ -81,6 +82,7 @@ __all__ = ["knn_accuracy", "linear_probe", "main"]
 class Args:
     weights: str  # a run folder, or a file of weights such as encoder.pt
     protocol: Literal["knn", "linear", "finetune", "tsne", "diagnose"] = "knn"  # how to judge the features
+    scratch: bool = False  # take random weights of that architecture instead, to compare with
     dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # default: the run's
     data_dir: str = ""  # default: the run's
     image_size: int = 0  # side of the images in pixels; 0: the run's, or 224
@@ -129,18 +131,21 @@ def linear_probe(
 
     One head per pair of learning rate and weight decay is trained, all in one pass, on nine tenths of the training
     rows; the best on the other tenth is trained again on all of them, and that one is tested. SGD with Nesterov
-    momentum 0.9, cosine decay to 0, weights and bias from 0.
+    momentum 0.9, cosine decay to 0, weights and bias from 0. Each feature is brought to mean 0 and variance 1 over the
+    training rows for it: SGD is slow where the mean of a feature is large beside its spread, as it is after a ReLU.
     """
+    mean, std = moments(train_x)
 
     def stream(rows: Tensor) -> Stream:
         rng = np.random.default_rng(seed)
         for _ in range(epochs):
             order = rows[torch.from_numpy(rng.permutation(len(rows))).to(rows.device)]
             for batch in order.tensor_split(max(1, len(rows) // batch_size)):
-                yield train_x[batch], train_y[batch]
+                yield (train_x[batch] - mean) / std, train_y[batch]
 
     def train(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-        return train_heads(stream(rows), epochs * max(1, len(rows) // batch_size), classes, grid)
+        heads = train_heads(stream(rows), epochs * max(1, len(rows) // batch_size), classes, grid)
+        return for_raw_features(*heads, mean, std)
 
     def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         return accuracy(train_x[rows], train_y[rows], *heads)
@@ -171,23 +176,37 @@ def augmented_probe(
         for ((x,), _), (_, index) in zip(batches(data, crops, local, 0, steps, device, dtype), indices, strict=True):
             with autocast:
                 h = net(normalize(x, args.mean, args.std))  # n×d
-            yield all_gather(h.float()), data.labels[torch.from_numpy(index)].to(device)
+            yield (all_gather(h.float()) - mean) / std, data.labels[torch.from_numpy(index)].to(device)
 
     def fit(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
         local = fit_batch(args, len(rows))
         steps = args.epochs * (len(rows) // local.batch_size)
-        return train_heads(stream(train.subset(rows), local, steps), steps, len(train.classes), grid)
+        heads = train_heads(stream(train.subset(rows), local, steps), steps, len(train.classes), grid)
+        return for_raw_features(*heads, mean, std)
 
     def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
         held_out = train.subset(rows)
         return accuracy(features(net, held_out, args, *how), held_out.labels.to(device), *heads)
 
     net.eval()
+    mean, std = moments(features(net, train, args, *how))
     grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
     heads, chosen = choose(len(train), grid, args.seed, torch.device("cpu"), fit, score)
     test_x, test_y = features(net, test, args, *how), test.labels.to(device)
     top1, top5 = (accuracy(test_x, test_y, *heads, k=k).item() for k in (1, min(5, len(train.classes))))
     return {"top1": top1, "top5": top5, **chosen}
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (d,) of features (N, d); under the root, a little for those that hardly vary."""
+    variance, mean = torch.var_mean(x, dim=0)
+    return mean, torch.sqrt(variance + 1e-4 * variance.mean() + 1e-12)
+
+
+def for_raw_features(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """The heads (d, m, classes) and (m, classes) on (x - mean) / std, as heads on x."""
+    weight = weight / std[:, None, None]
+    return weight, bias - (mean @ weight.flatten(1)).view_as(bias)
 
 
 def choose(
@@ -456,11 +475,13 @@ def main(args: Args) -> dict[str, Any]:
     torch.manual_seed(args.seed)
     arch, stem = describe_weights(state, args.weights)
     net, width = backbone(arch, stem, zero_init=False)
-    net.load_state_dict(state)
+    if not args.scratch:
+        net.load_state_dict(state)
     net = net.to(device, dtype, memory_format=torch.channels_last)
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
     record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
+    record |= {"scratch": True} if args.scratch else {}
     rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
     if args.protocol == "finetune":
         record |= finetune(net, width, train, test, args, how, scaler)

@@ -86,13 +86,17 @@ def test_a_head_is_trained_as_torch_trains_it():
 
 @pytest.mark.skipif(not PLOTS, reason="needs scikit-learn")
 def test_the_linear_probe_agrees_with_scikit_learn_within_a_point():
-    """On clouds that overlap, as many classes as `patterns` has, so that a wrong optimum would show."""
+    """On features of an untrained network, whose means are larger than their spread."""
     from sklearn.linear_model import LogisticRegression
 
-    generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(10, 64, generator=generator)
-    y, ty = torch.arange(2000) % 10, torch.arange(1000) % 10
-    x, tx = (0.1 * (centres[k] + 4 * torch.randn(len(k), 64, generator=generator)).relu() for k in (y, ty))
+    torch.manual_seed(0)
+    net, _ = common.backbone("resnet10", "imagenet", zero_init=False)
+    args = Args("", image_size=32, mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
+    how = (args, torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False))
+    (x, y), (tx, ty) = (
+        (common.features(net, data, *how), data.labels)
+        for data in (common.patterns("train", 2000), common.patterns("test", 1000))
+    )
     ours = linear_probe(x, y, tx, ty)
     best = 0.0
     for c in (0.1, 1.0, 10.0):  # chosen on the same held-out tenth's size
@@ -283,6 +287,18 @@ def test_finetuning_moves_the_backbone_and_learns_what_the_frozen_features_do_no
     none = judge(trained, "finetune", str(tmp_path), lr_backbone=0.0, lr_head=0.0, epochs=1)
     tuned = judge(trained, "finetune", str(tmp_path), epochs=30, lr_backbone=0.1)
     assert none["top1"] < 0.5 < 0.9 < tuned["top1"]
+
+
+def test_random_weights_are_judged_to_compare_with(trained, tmp_path):
+    ours, scratch = judge(trained, "knn", str(tmp_path)), judge(trained, "knn", str(tmp_path), scratch=True)
+    torch.manual_seed(0)
+    net, _ = common.backbone("resnet10", "imagenet", zero_init=False)
+    (tmp_path / "random").mkdir()
+    torch.save(net.state_dict(), tmp_path / "random" / "encoder.pt")
+    (tmp_path / "random" / "args.json").write_text((Path(trained) / "args.json").read_text())
+    random = judge(str(tmp_path / "random"), "knn", str(tmp_path))
+    assert scratch.pop("scratch") and "scratch" not in ours
+    assert scratch == random | {"weights": str(trained)} != ours
 
 
 def test_a_bare_file_is_judged_on_another_dataset_and_size(trunk, tmp_path):

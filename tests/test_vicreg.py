@@ -1,6 +1,7 @@
 """VICReg's loss against an independent oracle, the official numbers, and the properties its paper builds on."""
 
 import copy
+from pathlib import Path
 
 import oracles
 import pytest
@@ -8,8 +9,11 @@ import torch
 import vectors
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from methods import metrics, small_folder, tiny
 from strategies import matrices, numbers, pairs, spread
 
+import common
+import vicreg
 from vicreg import covariance_loss, invariance_loss, variance_loss, vicreg_loss
 
 close = torch.testing.assert_close
@@ -141,3 +145,41 @@ def test_float64_stays_float64():
 def test_one_image_is_refused():
     with pytest.raises(ValueError, match="at least two images"):
         vicreg_loss(torch.zeros(1, 3), torch.zeros(1, 3))
+
+
+# --------------------------------------------------------------------------------------------------- --val-loss
+
+
+def test_the_loss_on_held_out_images_is_logged_and_changes_nothing(tmp_path):
+    """Against the loss of the saved network in eval mode, on the same views, computed here."""
+    plain, logged = tiny("vicreg", tmp_path / "a"), tiny("vicreg", tmp_path / "b", val_loss=True)
+    vicreg.main(plain)
+    vicreg.main(logged)
+    a, b = (torch.load(tmp_path / run / "encoder.pt") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    records = [record for record in metrics(tmp_path / "b") if "val_loss" in record]
+    assert [record["step"] for record in records] == [8, 12]
+
+    device, dtype, _ = how = (torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False))
+    model = vicreg.VICReg(logged)
+    weights = torch.load(tmp_path / "b" / "encoder.pt")
+    heads = torch.load(tmp_path / "b" / "heads.pt")
+    model.load_state_dict({f"backbone.{name}": value for name, value in weights.items()} | heads)
+    model.eval()
+    train, test = common.load_data(logged, device)
+    for split, data in (("train", train), ("val", test)):
+        losses = []
+        for (x1, x2), (d1, d2) in common.batches(data, vicreg.crops(logged), logged, 0, 2, device, dtype):  # of 16
+            x1, x2 = vicreg.augment(x1, d1, logged, 1.0, 0.0), vicreg.augment(x2, d2, logged, 0.1, 0.2)
+            losses.append(vicreg_loss(model.expander(model.backbone(x1)), model.expander(model.backbone(x2)))[0].item())
+        assert records[-1][f"{split}_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    terms = vicreg.held_out_terms(model.train(), train, test, logged, how)
+    assert terms == pytest.approx({name: records[-1][name] for name in terms}) and len(terms) == 8
+    assert model.training
+
+
+def test_the_loss_on_held_out_images_needs_such_images(tmp_path, capsys):
+    args = tiny("vicreg", tmp_path, val_loss=True, data_dir=str(Path(small_folder()) / "train"))
+    with pytest.raises(SystemExit) as end:
+        vicreg.main(args)
+    assert end.value.code == 2 and "--val-loss" in capsys.readouterr().err

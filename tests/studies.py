@@ -1,0 +1,147 @@
+"""The studies of docs/studies.md: takes the runs that are not there yet, judges the encoders, prints tables, draws.
+
+    python tests/studies.py                        all of them, an hour on two cores
+    python tests/studies.py crops views            some of them
+    python tests/studies.py transfer --cifar DIR   this one needs CIFAR-10 as a folder of images
+
+Every run is a command that a reader could type; it is printed, and kept under runs/studies. The figures need
+matplotlib.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--epochs 5 --warmup-epochs 1"
+ONLY_CROPS = "--no-color-jitter --no-grayscale --no-solarize"
+
+# {study: {label: command}}; a command in two studies is run once.
+STUDIES = {
+    "batch": {f"batch {n}": f"vicreg.py {SHORT} --batch-size {n}" for n in (64, 128, 256)},
+    "collapse": {"VICReg": "vicreg.py", "without variance": "vicreg.py --std-coeff 0"},
+    "transfer": {
+        "from scratch": f"vicreg.py {SHORT} --data-dir CIFAR --train-limit 5000",
+        "from the encoder of patterns": f"vicreg.py {SHORT} --data-dir CIFAR --train-limit 5000 --init VICREG",
+    },
+    "crops": {f"at least {s}": f"vicreg.py {SHORT} --crop-min-scale {s}" for s in (0.08, 0.2, 0.3, 0.5, 0.7)},
+    "views": {
+        "all": f"vicreg.py {SHORT}",
+        "with blur": f"vicreg.py {SHORT} --blur",
+        "without colour jitter": f"vicreg.py {SHORT} --no-color-jitter",
+        "only crop and flip": f"vicreg.py {SHORT} {ONLY_CROPS}",
+    },
+    "covariance": {
+        "5000 images": f"vicreg.py {SHORT} --val-loss --eval-every 1",
+        "512 images": "vicreg.py --epochs 50 --warmup-epochs 10 --train-limit 512 --val-loss --eval-every 10",
+        "512 images, only crop and flip": "vicreg.py --epochs 50 --warmup-epochs 10 --train-limit 512 --val-loss "
+        f"--eval-every 10 {ONLY_CROPS}",
+    },
+    "regularisers": {
+        f"{name}{what}{how}": f"{script} --epochs 4 {switch}{coefficients}".strip()
+        for name, script, what, switch in (
+            ("BYOL", "byol.py", "", ""),
+            ("BYOL", "byol.py", " without predictor", "--no-predictor "),
+            ("SimSiam", "simsiam.py", "", ""),
+            ("SimSiam", "simsiam.py", " without stop-gradient", "--no-stop-gradient "),
+        )
+        for how, coefficients in (("", ""), (", regularised", "--std-coeff 1 --cov-coeff 0.01"))
+    },
+    "branches": {
+        "shared weights": f"vicreg.py {SHORT}",
+        "two networks": f"vicreg.py {SHORT} --no-shared-weights",
+        "two architectures": f"vicreg.py {SHORT} --arch2 resnet18",
+    },
+}
+
+
+def run(command: str, cifar: str) -> Path:
+    """The run folder of a command, after running it if it was not run to its end."""
+    vicreg = str(ROOT / "runs" / "studies" / folder_name(STUDIES["collapse"]["VICReg"]))
+    folder = ROOT / "runs" / "studies" / folder_name(command)
+    if not (folder / "done").exists():
+        line = shlex.split(command.replace("CIFAR", cifar).replace("VICREG", vicreg))
+        print("$ python", *line, flush=True)
+        subprocess.run(
+            [sys.executable, *line, "--run-dir", str(folder)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
+        (folder / "done").touch()
+    return folder
+
+
+def folder_name(command: str) -> str:
+    return "_".join(part.strip("-") for part in command.split())
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def judge(folder: Path, protocol: str, *flags: str) -> float:
+    """Top-1 of `evaluate.py`, in percent, from the results kept in the run folder or anew."""
+    output = folder / "-".join(["eval", protocol, *(Path(f).name.strip("-") for f in flags)])
+    if not lines(output / "results.jsonl"):
+        line = ["evaluate.py", str(folder), "--protocol", protocol, *flags, "--output", str(output)]
+        subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return 100 * lines(output / "results.jsonl")[-1]["top1"]
+
+
+def curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric."""
+    records = [record for record in lines(folder / "metrics.jsonl") if name in record]
+    return [record["step"] for record in records], [record[name] for record in records]
+
+
+def draw_covariance(folders: dict[str, Path]) -> None:
+    """The covariance term on training and on held-out images over each run."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(folders), figsize=(9, 2.8), sharey=True, layout="constrained")
+    for axis, (label, folder) in zip(axes, folders.items(), strict=True):
+        for split, name in (("train", "training images"), ("val", "held-out images")):
+            axis.plot(*curve(folder, f"{split}_covariance"), "o-", label=name)
+        axis.set(title=label, xlabel="step", ylim=(0, None))
+    axes[0].set_ylabel("covariance term")
+    axes[0].legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "covariance.png", dpi=130)
+
+
+def report(study: str, cifar: str) -> None:
+    folders = {label: run(command, cifar) for label, command in STUDIES[study].items()}
+    print(f"\n| {study} | untrained kNN | kNN | linear | spread of z, 1 if isotropic |\n|---|---|---|---|---|")
+    for label, folder in folders.items():
+        knn, std = (curve(folder, name)[1] for name in ("knn_top1", "embedding_std"))
+        linear, spread = judge(folder, "linear"), std[-1] * width(folder) ** 0.5
+        print(f"| {label} | {100 * knn[0]:.1f} | {100 * knn[-1]:.1f} | {linear:.1f} | {spread:.2f} |")
+    if study == "transfer":
+        where = ("--data-dir", cifar, "--train-limit", "5000")
+        frozen = run(STUDIES["collapse"]["VICReg"], cifar)
+        for label, flags in (
+            ("frozen encoder of patterns", ()),
+            ("frozen random weights", ("--scratch",)),
+        ):
+            knn, linear = (judge(frozen, protocol, *where, *flags) for protocol in ("knn", "linear"))
+            print(f"| {label} | | {knn:.1f} | {linear:.1f} | |")
+    if study == "covariance":
+        draw_covariance(folders)
+        for label, folder in folders.items():
+            train, val = (curve(folder, f"{split}_covariance")[1][-1] for split in ("train", "val"))
+            print(f"{label}: covariance term {train:.2f} on training images, {val:.2f} on held-out ones")
+
+
+def width(folder: Path) -> int:
+    """Dimensions of the embeddings z whose spread the run logs."""
+    args = json.loads((folder / "args.json").read_text())
+    return args.get("expander_dim") or args["projector_dim"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="*", default=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--cifar", default="cifar10", help="folder of CIFAR-10 images with train/ and test/")
+    args = parser.parse_args()
+    for study in args.studies:
+        report(study, args.cifar)
