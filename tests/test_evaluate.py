@@ -85,8 +85,27 @@ def test_a_head_is_trained_as_torch_trains_it():
 
 
 @pytest.mark.skipif(not PLOTS, reason="needs scikit-learn")
-def test_the_linear_probe_agrees_with_scikit_learn_within_a_point():
-    """On features of an untrained network, whose means are larger than their spread."""
+def test_the_linear_probe_chooses_as_well_as_scikit_learn_within_a_point():
+    """On clouds that overlap, as many classes as `patterns` has, so that a wrong optimum would show."""
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(10, 64, generator=generator)
+    y, ty = torch.arange(2000) % 10, torch.arange(1000) % 10
+    x, tx = (0.1 * (centres[k] + 4 * torch.randn(len(k), 64, generator=generator)).relu() for k in (y, ty))
+    ours = linear_probe(x, y, tx, ty)
+    best = 0.0
+    for c in (0.1, 1.0, 10.0):  # chosen on the same held-out tenth's size
+        model = LogisticRegression(C=c, max_iter=1000).fit(x[:1800], y[:1800])
+        held_out = model.score(x[1800:], y[1800:])
+        if held_out > best:
+            best, theirs = held_out, LogisticRegression(C=c, max_iter=1000).fit(x, y).score(tx, ty)
+    assert abs(ours["top1"] - theirs) <= 0.01, (ours, theirs)
+
+
+@pytest.mark.skipif(not PLOTS, reason="needs scikit-learn")
+def test_the_linear_probe_finds_the_optimum_of_scikit_learn_within_a_point():
+    """The same objective on features of an untrained network, whose means are larger than their spread."""
     from sklearn.linear_model import LogisticRegression
 
     torch.manual_seed(0)
@@ -97,14 +116,12 @@ def test_the_linear_probe_agrees_with_scikit_learn_within_a_point():
         (common.features(net, data, *how), data.labels)
         for data in (common.patterns("train", 2000), common.patterns("test", 1000))
     )
-    ours = linear_probe(x, y, tx, ty)
-    best = 0.0
-    for c in (0.1, 1.0, 10.0):  # chosen on the same held-out tenth's size
-        model = LogisticRegression(C=c, max_iter=1000).fit(x[:1800], y[:1800])
-        held_out = model.score(x[1800:], y[1800:])
-        if held_out > best:
-            best, theirs = held_out, LogisticRegression(C=c, max_iter=1000).fit(x, y).score(tx, ty)
-    assert abs(ours["top1"] - theirs) <= 0.01, (ours, theirs)
+    mean, scale = x.mean(0), x.var(0).mean().sqrt()
+    for decay in (1e-3, 1e-2):
+        ours = linear_probe(x, y, tx, ty, learning_rates=(0.3,), weight_decays=(decay,))["top1"]
+        model = LogisticRegression(C=1 / (len(x) * decay), max_iter=3000)
+        theirs = model.fit((x - mean) / scale, y).score((tx - mean) / scale, ty)
+        assert abs(ours - theirs) <= 0.01, (decay, ours, theirs)
 
 
 def test_label_subsets_are_balanced_and_belong_to_the_seed():
