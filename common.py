@@ -39,15 +39,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def fail(message: str, every_rank: bool = False) -> typing.NoReturn:
-    """Answer a wrong use: one line on rank 0 (or on the rank that alone saw it), exit code 2."""
-    if every_rank or int(os.environ.get("RANK", 0)) == 0:
+    """Answer a wrong use: one line per machine (or from the rank that alone saw it), exit code 2."""
+    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def stop(message: str) -> typing.NoReturn:
-    """End the run on a fault: one line on rank 0, exit code 1."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    """End the run on a fault: one line per machine, exit code 1."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(1)
 
@@ -212,6 +212,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in float32 under autocast
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         var, mean = torch.var_mean(x, dims, correction=0)  # C
@@ -226,7 +227,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), self.momentum)
         x = (x - mean.view(shape)) * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return (x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x).to(given)
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
@@ -298,7 +299,10 @@ class Draws:
 
 # ------------------------------------------------------------------------------------------------------- data
 
-IMAGE_SUFFIXES = frozenset(s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+# What Pillow opens, but for films, scientific data and vector graphics.
+NO_PICTURES = {".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".wmf", ".emf", ".eps", ".ps"}
+IMAGE_SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} - NO_PICTURES
+RESIDENT_SIDE = 256  # larger images are cropped by the loader's workers before they become a batch
 RESIDENT_BYTES = 2**31  # a folder of equally sized images is kept in memory up to this many bytes
 BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
@@ -343,6 +347,8 @@ def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
     if args.train_limit and args.train_limit < len(train):
         chosen = np.random.default_rng(0).permutation(len(train))[: args.train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
+    if not (train.labels >= 0).any():
+        test = None  # nothing to compare with
     for data in (train, test):
         if data and data.pixels is not None:
             data.pixels = data.pixels.to(device)
@@ -412,9 +418,11 @@ def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, lis
 
 
 def keep_if_small(data: Data) -> Data:
-    """Decode the whole split into `pixels` if all images have one size and fit into `RESIDENT_BYTES`."""
+    """Decode the whole split into `pixels` if all images have one small size and fit into `RESIDENT_BYTES`."""
     sizes = {image_size(file) for file in data.files[:: max(1, len(data) // 100)]} - {None}
-    if len(sizes) != 1 or 3 * math.prod(size := sizes.pop()) * len(data) > RESIDENT_BYTES:
+    if not sizes:
+        fail(f"none of {len(data)} image files can be decoded, for example {os.fsdecode(data.files[0])}")
+    if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
     bad: dict[str, str] = {}
@@ -427,7 +435,7 @@ def keep_if_small(data: Data) -> Data:
         return image.size == size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        same = all(pool.map(decode, range(len(data)), chunksize=64))
+        same = all(pool.map(decode, range(len(data))))
     return Data(pixels, None, data.labels, data.classes) if same else data
 
 
@@ -466,6 +474,8 @@ def count_bad(known: dict[str, str], errors: list[tuple[str, str]], total: int) 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once the EXIF orientation is applied."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns a TIFF itself, and then takes the tag away
     turned = image.getexif().get(0x0112, 1) >= 5
     return image.size[::-1] if turned else image.size
 
@@ -790,11 +800,12 @@ def resized_crop(x: Tensor, boxes: Tensor, size: int, interpolation: str, flip: 
     """Each image's box (top, left, height, width) resized with antialiasing, as torchvision's `resized_crop` does it,
     and flipped where `flip` says. Resampling is linear and separable, hence two small matrix products per image.
     """
+    boxes = boxes.to(x.device)
     rows = resampling_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], size, interpolation)  # n×s×H
     columns = resampling_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], size, interpolation)  # n×s×W
     if flip is not None:
-        columns = columns.flip(1).where(flip[:, None, None], columns)
-    rows, columns = rows.to(x.device, x.dtype), columns.to(x.device, x.dtype)
+        columns = columns.flip(1).where(flip.to(x.device)[:, None, None], columns)
+    rows, columns = rows.to(x.dtype), columns.to(x.dtype)
     x = torch.bmm(x.flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])  # n×3×H×s
     x = rows[:, None] @ x  # n×3×s×s
     return x.clamp(0, 1)  # bicubic overshoots at edges
@@ -803,8 +814,8 @@ def resized_crop(x: Tensor, boxes: Tensor, size: int, interpolation: str, flip: 
 def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, interpolation: str) -> Tensor:
     """(n, size, pixels): row i holds the weights of output pixel i over the input pixels of [start, start + length)."""
     step = (length / size)[:, None, None]  # input pixels per output pixel
-    centre = start[:, None, None] + step * (torch.arange(size) + 0.5)[:, None]  # n×size×1
-    position = torch.arange(pixels) + 0.5
+    centre = start[:, None, None] + step * (torch.arange(size, device=step.device) + 0.5)[:, None]  # n×size×1
+    position = torch.arange(pixels, device=step.device) + 0.5
     t = ((position - centre) / step.clamp(min=1)).abs()  # n×size×pixels; shrinking widens the kernel: antialiasing
     if interpolation == "bicubic":  # Keys' kernel with a = -1/2
         near, far = (1.5 * t - 2.5) * t**2 + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
@@ -884,8 +895,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     index = sigma.nonzero()[:, 0]
     if len(index) == 0:
         return x
-    rows, columns = (blur_matrix(sigma[index], kernel_size, side).to(x.device, x.dtype) for side in x.shape[2:])
-    index = index.to(x.device)
+    sigma, index = sigma[index].to(x.device), index.to(x.device)
+    rows, columns = (blur_matrix(sigma, kernel_size, side).to(x.dtype) for side in x.shape[2:])
     part = torch.bmm(x[index].flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])
     return x.index_copy(0, index, rows[:, None] @ part)
 
@@ -893,12 +904,12 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 def blur_matrix(sigma: Tensor, kernel_size: int, pixels: int) -> Tensor:
     """(n, pixels, pixels): row i holds the Gaussian weights around pixel i, those beyond the border mirrored."""
     radius = min(kernel_size // 2, pixels - 1)
-    offset = torch.arange(-radius, radius + 1)
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)  # n×k
     kernel = kernel / kernel.sum(1, keepdim=True)
-    source = (torch.arange(pixels)[:, None] + offset).abs()  # pixels×k; -1 mirrors to 1
+    source = (torch.arange(pixels, device=sigma.device)[:, None] + offset).abs()  # pixels×k; -1 mirrors to 1
     source = source.where(source < pixels, 2 * (pixels - 1) - source)
-    matrix = torch.zeros(len(sigma), pixels, pixels, dtype=kernel.dtype)
+    matrix = kernel.new_zeros(len(sigma), pixels, pixels)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None].expand(-1, pixels, -1))
 
 
@@ -959,7 +970,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     DINO, whose heads are left out and named. Files that carry code are refused.
     """
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+            state = torch.load(file, map_location="cpu", weights_only=True)
         for container in ("state_dict", "model", "teacher"):
             state = state[container] if isinstance(state.get(container), dict) else state
         state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
@@ -972,7 +984,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         fail(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
-    if left_out and rank_and_world()[0] == 0:
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
         print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
     return {match[1]: state[name] for name, match in trunk.items() if match}
 
@@ -1083,12 +1095,14 @@ def knn_scores(
     train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
     classes = int(max(train_y.max(), test_y.max())) + 1
     top1 = top5 = 0
-    for x, y in zip(test_x.split(1024), test_y.split(1024), strict=True):
+    rows = min(1024, max(1, 2**28 // len(train_x)))  # a gigabyte of similarities at most
+    for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
         similarity, index = (x @ train_x.T).topk(k, dim=1)  # m×k
         votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
         # A common factor decides nothing: with the nearest at exp(0), no temperature overflows.
         votes.scatter_add_(1, train_y[index], ((similarity - similarity[:, :1]) / temperature).exp())
-        hits = votes.topk(min(5, classes), dim=1).indices == y[:, None]
+        most = votes.topk(min(5, classes), dim=1)
+        hits = (most.indices == y[:, None]) & (most.values > 0)  # a class without a vote is no guess
         top1, top5 = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item()
     return {"top1": top1 / len(test_y), "top5": top5 / len(test_y)}
 
@@ -1121,7 +1135,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 
 # A run may be continued with other values of these flags; the others decide what it computes.
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
-FREE_FLAGS |= {"run_dir", "overwrite", "tensorboard", "val_loss"}
+FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard", "val_loss"}
 RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
 
 
@@ -1134,7 +1148,7 @@ def prepare(method: str, args, recipes: dict[str, dict[str, Any]]):
     if args.data_dir and args.dataset == "folder":
         usual["dataset"] = "folder"  # --data-dir says it
     named = {name: value for name, value in dataclasses.asdict(args).items() if value != usual[name]}
-    for name in FREE_FLAGS - {"epochs", "max_steps"}:
+    for name in FREE_FLAGS - {"epochs", "max_steps", "data_dir"}:
         named.pop(name, None)
     parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
     return dataclasses.replace(args, run_dir=str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_"))))
@@ -1171,8 +1185,8 @@ class Run:
         args, train, world = self.args, self.train, rank_and_world()[1]
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         try:
-            if args.overwrite:
-                for name in (*RUN_FILES, "results.jsonl"):  # the last is evaluate.py's
+            if args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+                for name in ("results.jsonl", *reversed(RUN_FILES)):  # the first is evaluate.py's; the flags go last
                     (self.folder / name).unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "args.json"
@@ -1193,6 +1207,8 @@ class Run:
             except ImportError:
                 fail("--tensorboard needs the tensorboard package: pip install tensorboard")
             self.board = SummaryWriter(str(self.folder))
+        if args.warmup_epochs >= args.epochs:
+            warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
         kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
         scored = (
             f"{len(self.test)} test images of {len(train.classes)} classes" if self.test else "no labelled test split"
@@ -1212,7 +1228,8 @@ class Run:
         if saved is None:
             return
         for name, thing in state.items():
-            thing.load_state_dict(saved[name])
+            if saved[name]:  # a scaler that was not in use has no state
+                thing.load_state_dict(saved[name])
         self.first_step = saved["step"]
         self.clock = (time.perf_counter(), self.first_step)
 
@@ -1225,10 +1242,18 @@ class Run:
             except Exception as error:  # a damaged file can raise almost anything
                 warn(f"{file} cannot be read ({type(error).__name__})")
                 continue
+            if saved["images"] != len(self.train):
+                fail(
+                    f"{self.folder} is of {saved['images']} images and --data-dir now holds {len(self.train)}; "
+                    "take another --run-dir, or --overwrite it"
+                )
             self._rewind_metrics(saved["step"])
             print(f"continuing after step {saved['step']} of {self.last_step}", flush=True)
             if saved["step"] >= self.last_step:
-                print("this run is finished: more --epochs continue it, --overwrite starts it anew", flush=True)
+                print(
+                    "this run is finished: --run-dir and more --epochs continue it, --overwrite starts it anew",
+                    flush=True,
+                )
             return saved
         if files:
             fail(f"no checkpoint in {self.folder} can be read; --overwrite starts the run anew")
@@ -1327,10 +1352,11 @@ class Run:
             raise SystemExit(128 + number)
 
     def _write_weights(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
-        weights = model.state_dict()
+        weights = {name: w.cpu() for name, w in model.state_dict().items()}
         encoder = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
         heads = {name: w for name, w in weights.items() if not name.startswith("backbone.")}
-        checkpoint = {name: thing.state_dict() for name, thing in state.items()} | {"step": step}
+        checkpoint = {name: thing.state_dict() for name, thing in state.items()}
+        checkpoint |= {"step": step, "images": len(self.train)}
         try:
             # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
             atomic_save(self.folder / "encoder.pt", encoder)

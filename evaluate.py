@@ -18,7 +18,8 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
               never on the test images, then the classifier is trained on all of them.
               The features are computed once, without augmentation; with `--augment` anew in every epoch from
               random resized crops and flips, as in the papers
-    finetune  backbone and classifier together, each with its own learning rate, on random resized crops and flips
+    finetune  backbone and classifier together, each with its own learning rate, on random resized crops and flips;
+              kept in finetuned.pt, which a torchvision ResNet with as many classes loads
     tsne      t-SNE of the test features of some classes, a PNG
     diagnose  spread, rank and singular values of the features, covariance and correlation between their dimensions on
               training and test images, alignment and uniformity (Wang and Isola, arXiv 2005.10242); a PNG and a JSON
@@ -31,8 +32,11 @@ torchrun every process takes its share of the images, and the result is the same
 import dataclasses
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +53,7 @@ from common import (
     Crop,
     Data,
     all_gather,
+    atomic_save,
     atomic_write,
     backbone,
     batch_indices,
@@ -86,8 +91,8 @@ class Args:
     dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # default: the run's
     data_dir: str = ""  # default: the run's
     image_size: int = 0  # side of the images in pixels; 0: the run's, or 224
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; all 0: the run's, or ImageNet's
-    std: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; all 0: the run's, or ImageNet's
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; used with --std
+    std: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; without it, both are the run's, or ImageNet's
     train_fraction: float = 1.0  # share of the labelled training images to learn from, the same in every class
     train_limit: int = 0  # use so many training images, chosen at random; 0: all
     k: int = 20  # knn: neighbours
@@ -111,6 +116,16 @@ LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of features with a v
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3, 1e-2)  # the last for few labels
 
 Stream = Iterator[tuple[Tensor, Tensor]]  # for each step: features (n, d) and labels (n,)
+
+
+def with_progress(items: Iterable, steps: int) -> Iterator:
+    """The same items; after every tenth of them, a line with the time left."""
+    began = time.perf_counter()
+    for step, item in enumerate(items, 1):
+        yield item
+        if step % max(1, steps // 10) == 0 and rank_and_world()[0] == 0:
+            left = (time.perf_counter() - began) * (steps - step) / step
+            print(f"step {step}/{steps}, {int(left // 60)}:{int(left % 60):02d} left", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------- linear
@@ -173,7 +188,8 @@ def augmented_probe(
     def stream(data: Data, local: Args, steps: int) -> Stream:
         crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
         indices = batch_indices(len(data), local, 0, steps)
-        for ((x,), _), (_, index) in zip(batches(data, crops, local, 0, steps, device, dtype), indices, strict=True):
+        views = with_progress(batches(data, crops, local, 0, steps, device, dtype), steps)
+        for ((x,), _), (_, index) in zip(views, indices, strict=True):
             with autocast:
                 h = net(normalize(x, args.mean, args.std))  # n×d
             yield (all_gather(h.float()) - mean) / std, data.labels[torch.from_numpy(index)].to(device)
@@ -273,7 +289,7 @@ def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, ho
     crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
     indices = batch_indices(len(train), args, 0, steps)
     model.train()
-    for step, ((x,), _) in enumerate(batches(train, crops, args, 0, steps, device, dtype)):
+    for step, ((x,), _) in enumerate(with_progress(batches(train, crops, args, 0, steps, device, dtype), steps)):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = cosine_schedule(step, steps, 0, peak=rate, final=0.0)
         y = train.labels[torch.from_numpy(next(indices)[1][my_rows(args.batch_size)])].to(device)  # n
@@ -284,44 +300,52 @@ def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, ho
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+    if rank_and_world()[0] == 0:
+        weights = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}
+        atomic_save(Path(args.output, "finetuned.pt"), {name: value.cpu() for name, value in weights.items()})
     top = features(model, test, args, *how).topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}
 
 
 def fit_batch(args: Args, images: int) -> Args:
-    """No batch larger than the images there are, and the same number for every process."""
+    """A batch too large for the images becomes the largest power of two among them, for any number of processes."""
     world = rank_and_world()[1]
-    size = min(args.batch_size, images) // world * world
-    if size < 2 * world:
-        fail(f"{min(args.batch_size, images)} images are too few for {world} processes; raise --train-fraction")
+    size = args.batch_size if args.batch_size <= images else 2 ** int(math.log2(images))
+    if size % world or size < 2 * world:
+        fail(f"a batch of {size} does not divide among {world} processes with two or more each; change --batch-size")
     return dataclasses.replace(args, batch_size=size)
 
 
 # --------------------------------------------------------------------------------------------- looking at them
 
 
-def tsne(x: Tensor, y: Tensor, names: list[str], args: Args, folder: Path) -> dict[str, Any]:
-    """Draw test features x (N, d) of `--classes` random classes, at most 2000 of them, to tsne.png."""
-    import matplotlib.pyplot as plt
-    from sklearn.manifold import TSNE
-
+def tsne_rows(test: Data, args: Args) -> tuple[Tensor, dict[int, str]]:
+    """Which test images to show, at most 2000 of `--classes` random classes, and those classes' names."""
     rng = np.random.default_rng(args.seed)
-    chosen = np.sort(rng.permutation(len(names))[: args.classes])
-    rows = np.flatnonzero(np.isin(y.cpu().numpy(), chosen))
+    chosen = np.sort(rng.permutation(len(test.classes))[: args.classes])
+    rows = np.flatnonzero(np.isin(test.labels.numpy(), chosen))
     rows = np.sort(rng.permutation(rows)[:2000])
     if len(rows) < 4:
         fail(f"--protocol tsne needs at least four test images, and these classes have {len(rows)}")
-    x, y = F.normalize(x[rows], dim=1).cpu().numpy(), y[rows].cpu().numpy()
-    flat = TSNE(perplexity=min(30, len(rows) / 4), init="pca", random_state=args.seed).fit_transform(x)  # N×2
+    return torch.from_numpy(rows), {int(label): test.classes[label] for label in chosen}
+
+
+def draw_tsne(x: Tensor, y: Tensor, shown: dict[int, str], args: Args, folder: Path) -> dict[str, Any]:
+    """Draw features x (N, d) of the labels y (N,) that are named in `shown` to tsne.png."""
+    import matplotlib.pyplot as plt
+    from sklearn.manifold import TSNE
+
+    rows = F.normalize(x, dim=1).cpu().numpy()
+    flat = TSNE(perplexity=min(30, len(x) / 4), init="pca", random_state=args.seed).fit_transform(rows)  # N×2
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    for label in chosen:
-        axes.scatter(*flat[y == label].T, s=8, label=names[label])
-    axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(rows)} test images, {args.weights}")
+    for label, name in shown.items():
+        axes.scatter(*flat[y.numpy() == label].T, s=8, label=name)
+    axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(x)} test images, {args.weights}")
     axes.legend(markerscale=2)
     figure.savefig(folder / "tsne.png", dpi=120)
     plt.close(figure)
-    return {"figure": str(folder / "tsne.png"), "shown": [names[label] for label in chosen]}
+    return {"figure": str(folder / "tsne.png"), "shown": list(shown.values())}
 
 
 def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, float], dict[str, list]]:
@@ -334,8 +358,10 @@ def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tu
     """
     numbers, spectra = {}, {}
     for split, x in (("train", train_x), ("test", test_x)):
-        x = x.double()
-        covariance = torch.cov(x.T)  # d×d
+        mean, covariance = x.mean(0, dtype=torch.float64), 0.0
+        for rows in x.split(4096):
+            centred = rows.double() - mean  # n×d
+            covariance = covariance + centred.T @ centred / (len(x) - 1)  # d×d
         std = covariance.diagonal().sqrt()
         correlation = covariance / (std[:, None] * std).clamp(min=1e-12)
         off_diagonal = ~torch.eye(len(std), dtype=torch.bool, device=x.device)
@@ -406,7 +432,9 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
         run = json.loads((file.parent / "args.json").read_text())
         usual |= {name: run[name] for name in ("image_size", "mean", "std")}
         if not (args.dataset or args.data_dir):
-            usual |= {name: run[name] for name in ("dataset", "data_dir", "train_limit")}
+            usual |= {name: run[name] for name in ("dataset", "data_dir")}
+    if any(args.std):
+        del usual["mean"], usual["std"]  # given by hand, where 0 0 0 is a mean
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
     args = dataclasses.replace(args, **filled)
     if not args.dataset:
@@ -439,6 +467,16 @@ def check(args: Args) -> None:
     ):
         if getattr(args, name) < 0:
             fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    if args.lr and args.protocol != "linear":
+        fail("--lr belongs to --protocol linear; finetune takes --lr-backbone and --lr-head")
+    if args.augment and args.protocol != "linear":
+        fail("--augment belongs to --protocol linear")
+    if args.dataset == "folder" and not args.data_dir:
+        fail("--dataset folder needs --data-dir")
+    if any(args.mean) and not any(args.std):
+        fail("--mean needs --std")
+    if any(args.std) and min(args.std) <= 0:
+        fail("--std must be positive")
     if args.weight_decay and not args.lr:
         fail("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
     if not 0 <= args.crop_min_scale <= 1:
@@ -454,7 +492,8 @@ def save_result(record: dict[str, Any], args: Args, chosen: Tensor) -> None:
     """Append the result to results.jsonl and keep the label subset beside it."""
     folder = Path(args.output)
     if args.train_fraction < 1:
-        name = f"labels-{args.train_fraction:g}-seed{args.seed}.json"
+        data = Path(args.data_dir).name or args.dataset
+        name = f"labels-{data}-{args.train_fraction:g}-seed{args.seed}.json"
         atomic_write(folder / name, json.dumps(chosen.tolist()).encode())
     with open(folder / "results.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
@@ -483,27 +522,28 @@ def main(args: Args) -> dict[str, Any]:
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
     record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
-    record |= {"scratch": True} if args.scratch else {}
+    record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
     rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
     if args.protocol == "finetune":
         record |= finetune(net, width, train, test, args, how, scaler)
     elif args.protocol == "linear" and args.augment:
         record |= augmented_probe(net, train, test, args, rates, decays, how)
+    elif args.protocol == "tsne":
+        rows, shown = tsne_rows(test, args)
+        x, y = features(net, test.subset(rows), args, *how), test.labels[rows]
+        record |= on_rank_0(lambda: draw_tsne(x, y, shown, args, Path(args.output)))
     else:
         train_x, test_x = (features(net, data, args, *how) for data in (train, test))
         train_y, test_y = train.labels.to(device), test.labels.to(device)
-        folder = Path(args.output)
         if args.protocol == "knn":
             record |= knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
         elif args.protocol == "linear":
             record |= linear_probe(
                 train_x, train_y, test_x, test_y, args.epochs, args.batch_size, rates, decays, args.seed
             )  # fmt: skip
-        elif args.protocol == "tsne":
-            record |= on_rank_0(lambda: tsne(test_x, test_y, train.classes, args, folder))
         else:
             numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, how))
-            record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, folder))
+            record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
     on_rank_0(lambda: save_result(record, args, chosen))
     if rank_and_world()[0] == 0:
         print(json.dumps(record), flush=True)

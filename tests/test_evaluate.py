@@ -1,5 +1,6 @@
 """evaluate.py: accuracies that are known beforehand, independent classifiers, and every protocol as a user runs it."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -184,7 +185,8 @@ def published(trunk: dict[str, torch.Tensor]) -> dict[str, dict]:
         "SwAV": {**named("module."), "module.projection_head.0.weight": head, "module.prototypes.weight": head},
         "MoCo": {"arch": "resnet18", "state_dict": {**moco, "module.queue": head}},
         "SimSiam": {"state_dict": {**named("module.encoder."), "module.encoder.fc.0.weight": head}},
-        "DINO": {"student": named("module.backbone.", other), "teacher": {**named("backbone."), "head.last": head}},
+        "DINO": {"student": named("module.backbone.", other), "teacher": {**named("backbone."), "head.last": head}}
+        | {"args": argparse.Namespace(arch="resnet50"), "epoch": 800},
         "compiled": named("_orig_mod."),
     }
 
@@ -270,7 +272,8 @@ def test_every_protocol_prints_its_result_and_keeps_it(protocol, trained, tmp_pa
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
     assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [record]
     assert record["train_images"] == 32 and record["test_images"] == 40 and record["classes"] == 4
-    assert len(json.loads((tmp_path / "labels-0.5-seed0.json").read_text())) == 32
+    subset = tmp_path / f"labels-{Path(small_folder()).name}-0.5-seed0.json"
+    assert len(json.loads(subset.read_text())) == 32
     if protocol in DRAWN:
         assert (tmp_path / f"{protocol}.png").stat().st_size > 5000
     if protocol != "tsne":
@@ -314,8 +317,26 @@ def test_random_weights_are_judged_to_compare_with(trained, tmp_path):
     torch.save(net.state_dict(), tmp_path / "random" / "encoder.pt")
     (tmp_path / "random" / "args.json").write_text((Path(trained) / "args.json").read_text())
     random = judge(str(tmp_path / "random"), "knn", str(tmp_path))
-    assert scratch.pop("scratch") and "scratch" not in ours
+    assert scratch.pop("flags")["scratch"] and not random.pop("flags")["scratch"]
     assert scratch == random | {"weights": str(trained)} != ours
+
+
+def test_a_finetuned_network_loads_into_torchvision(trained, tmp_path):
+    record = judge(trained, "finetune", str(tmp_path))
+    net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=4)
+    net.load_state_dict(torch.load(tmp_path / "finetuned.pt"))
+    args = Args("", dataset="folder", data_dir=small_folder(), image_size=16)
+    args.mean, args.std = common.IMAGENET_MEAN, common.IMAGENET_STD
+    how = (args, torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False))
+    _, test = common.load_data(args, torch.device("cpu"))
+    top1 = (common.features(net, test, *how).argmax(1) == test.labels).double().mean().item()
+    assert top1 == record["top1"]
+
+
+def test_a_mean_of_zero_can_be_given(trained, tmp_path):
+    flags = judge(trained, "knn", str(tmp_path), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))["flags"]
+    assert flags["mean"] == (0.0, 0.0, 0.0) and flags["std"] == (1.0, 1.0, 1.0)
+    assert judge(trained, "knn", str(tmp_path))["flags"]["std"] == list(common.IMAGENET_STD)
 
 
 def test_a_bare_file_is_judged_on_another_dataset_and_size(trunk, tmp_path):
@@ -336,6 +357,11 @@ def test_a_bare_file_is_judged_on_another_dataset_and_size(trunk, tmp_path):
         ("{run} --k 65", "--k 65"),
         ("{run} --k 0", "--k"),
         ("{run} --weight-decay 0.1", "--lr"),
+        ("{run} --protocol finetune --lr 0.1", "--lr-head"),
+        ("{run} --augment", "--augment"),
+        ("{run} --dataset folder --data-dir=", "--data-dir"),
+        ("{run} --mean 0 0 0.5", "--std"),
+        ("{run} --std 1 1 -1", "--std"),
         ("{run} --data-dir /nowhere", "/nowhere"),
         ("{run} --output /dev/null/x", "--output"),
         ("{run} --protocol linear --epochs -1", "--epochs"),
