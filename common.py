@@ -1282,7 +1282,8 @@ class Run:
         if step % self.args.log_every and step != self.last_step:
             return
         values = self._check_finite()
-        health = embedding_health(all_gather(z.detach()))
+        z = all_gather(z.detach())
+        health, scale = embedding_health(z), z.float().std(0).mean().item()
         now, (then, then_step) = time.perf_counter(), self.clock
         self.clock = (now, step)
         rate = (step - then_step) / (now - then)  # steps per second
@@ -1306,6 +1307,8 @@ class Run:
             )
         if effective_rank < 1.5:
             signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
+        if scale < 1e-3:
+            signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
         for sign in signs.keys() - self.collapsed:
             warn(f"collapse at step {step}: {signs[sign]}")
         self.collapsed = set(signs)

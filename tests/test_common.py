@@ -69,8 +69,8 @@ def test_a_wrong_flag_is_answered_in_one_line(line, named, capsys):
     assert named in said and said.count("\n") == 1
 
 
-def test_only_rank_0_answers(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+def test_one_process_of_a_machine_answers(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         parse("--nonsense")
     assert capsys.readouterr().err == ""

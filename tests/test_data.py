@@ -91,6 +91,43 @@ def test_equal_sizes_are_kept_in_memory_and_mixed_ones_are_not(tmp_path):
         write(tmp_path / "mixed" / f"{i}.png", (20 + i, 24))
     assert load(tmp_path / "same")[0].pixels.shape == (5, 3, 24, 20)
     assert load(tmp_path / "mixed")[0].pixels is None
+    for i in range(2):  # would be batches of gigabytes
+        write(tmp_path / "large" / f"{i}.png", (300, 24))
+    assert load(tmp_path / "large")[0].pixels is None
+
+
+def test_a_folder_of_nothing_that_can_be_decoded_is_refused(tmp_path, capsys):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(SystemExit) as end:
+        load(tmp_path)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "0.png" in said and said.count("\n") == 1
+
+
+def test_films_and_scientific_data_are_not_taken_for_images(tmp_path):
+    for name in ("a.h5", "b.mpg", "c.eps"):
+        (tmp_path / name).write_text("no image")
+    write(tmp_path / "d.png")
+    assert len(load(tmp_path)[0]) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_rotated_files_are_turned_once(tmp_path, suffix, orientation):
+    """Left half dark in the file: upright, the dark half is on the left, on the right, on top."""
+    pixels = np.full((24, 40, 3), 250, np.uint8)
+    pixels[:, :20] = 5
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"a.{suffix}") as image:
+        width, height = common.upright_size(image)
+        upright = np.asarray(common.to_rgb(image)).mean(2)
+    assert (width, height) == upright.shape[::-1] == ((24, 40) if orientation == 6 else (40, 24))
+    dark = upright < 100
+    want = {1: dark[:, : width // 2], 3: dark[:, width // 2 :], 6: dark[: height // 2]}[orientation]
+    assert want.mean() > 0.95 and dark.mean() < 0.55
 
 
 def test_train_limit_takes_a_random_subset_the_same_for_every_seed(tmp_path):

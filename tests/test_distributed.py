@@ -176,11 +176,20 @@ def normalised(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return common.all_gather(y), common.all_gather(mine.grad), norm.running_mean, norm.running_var
 
 
+def halved() -> tuple[Tensor, Tensor, Tensor]:
+    """SyncBatchNorm's output of bf16 rows far from 0, gathered, and running statistics; BatchNorm's on one process."""
+    generator = torch.Generator().manual_seed(1)
+    x = (30 + torch.randn(64, 3, generator=generator)).bfloat16()
+    norm = common.sync_batchnorm(nn.BatchNorm1d(3), torch.device("cpu"))
+    with torch.no_grad():
+        return common.all_gather(norm(x[common.my_rows(64)])), norm.running_mean, norm.running_var
+
+
 @pytest.fixture(scope="module")
 def pieces() -> dict[int, dict]:
     """For each world size, what every loss and piece gave on each rank."""
     jobs = {name: (gradient, (name,)) for name in LOSSES} | {"gather": (gathered_product, ())}
-    jobs |= {shape: (normalised, (shape,)) for shape in SHAPES}
+    jobs |= {shape: (normalised, (shape,)) for shape in SHAPES} | {"half": (halved, ())}
     return {world: dict(zip(jobs, run_on(world, list(jobs.values())), strict=True)) for world in (2, 4)}
 
 
@@ -201,3 +210,12 @@ def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(pieces, shape):
     for got in pieces[4][shape]:
         for a, b in zip(got, want, strict=True):
             close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_synchronised_batchnorm_computes_its_statistics_in_float32(pieces):
+    want, mean, var = halved()
+    for got, got_mean, got_var in pieces[4]["half"]:
+        assert got.dtype == want.dtype == torch.bfloat16
+        close(got, want, rtol=1e-2, atol=1e-2)
+        close(got_mean, mean, rtol=1e-6, atol=0)
+        close(got_var, var, rtol=1e-5, atol=0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods import METHODS, ROOT, command, metrics, module, run, tiny
+from methods import METHODS, ROOT, command, metrics, module, run, small_folder, tiny
 from PIL import Image
 
 import common
@@ -146,7 +147,10 @@ def test_a_finished_run_is_left_as_it_is(finished, capsys):
 def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
     vicreg = module("vicreg")
     vicreg.main(tiny("vicreg", tmp_path, max_steps=2))
-    for flags, named in [({"base_lr": 9.0}, "--base-lr was 1.5 and is now 9.0"), ({"epochs": 2}, "--epochs 3")]:
+    for flags, named in [
+        ({"base_lr": 9.0}, f"--base-lr was {vicreg.Args().base_lr} and is now 9.0"),
+        ({"epochs": 2}, "--epochs 3"),
+    ]:
         with pytest.raises(SystemExit) as end:
             vicreg.main(tiny("vicreg", tmp_path, **flags))
         said = capsys.readouterr().err
@@ -155,6 +159,48 @@ def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
     assert "continuing" not in capsys.readouterr().out
     vicreg.main(tiny("vicreg", tmp_path, epochs=4, base_lr=9.0, max_steps=3))
     assert "continuing after step 2 of 3" in capsys.readouterr().out
+
+
+def test_a_moved_folder_of_images_continues_the_run_and_a_grown_one_is_refused(tmp_path, capsys):
+    vicreg, images = module("vicreg"), tmp_path / "images"
+    shutil.copytree(small_folder(), images)
+    vicreg.main(tiny("vicreg", tmp_path / "run", max_steps=2))
+    vicreg.main(tiny("vicreg", tmp_path / "run", max_steps=3, data_dir=str(images)))
+    assert "continuing after step 2 of 3" in capsys.readouterr().out
+    file = next((images / "train" / "a").iterdir())
+    shutil.copy(file, file.with_name("one_more.png"))
+    with pytest.raises(SystemExit) as end:
+        vicreg.main(tiny("vicreg", tmp_path / "run", max_steps=4, data_dir=str(images)))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "64 images" in said and "65" in said and said.count("\n") == 1
+
+
+def test_a_restart_by_torchrun_does_not_overwrite_again(tmp_path, capsys, monkeypatch):
+    module("vicreg").main(tiny("vicreg", tmp_path, max_steps=2))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    module("vicreg").main(tiny("vicreg", tmp_path, max_steps=3, overwrite=True))
+    assert "continuing after step 2 of 3" in capsys.readouterr().out
+
+
+def test_a_run_without_loss_scaling_continues_with_it(tmp_path):
+    """Begun on a processor that needs none, continued on one that computes in fp16."""
+    args = tiny("vicreg", tmp_path, max_steps=2)
+    module("vicreg").main(args)
+    device = torch.device("cpu")
+    train, test = common.load_data(args, device)
+    run = common.Run(args, train, test, device, torch.float32, torch.autocast("cpu", enabled=False))
+    run.resume({"scaler": torch.amp.GradScaler("cpu")})
+    assert run.first_step == 2
+    run.close()
+
+
+def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsys):
+    module("vicreg").main(tiny("vicreg", tmp_path / "healthy"))
+    assert "warning" not in capsys.readouterr().err
+    flags = {"std_coeff": 0.0, "base_lr": 200.0, "epochs": 10, "warmup_epochs": 10, "eval_every": 10, "save_every": 10}
+    module("vicreg").main(tiny("vicreg", tmp_path / "sick", **flags))
+    said = capsys.readouterr().err
+    assert "warning: collapse at step" in said and "only rises" in said
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
