@@ -8,7 +8,7 @@ the other view of the image. The target is not trained: it follows the online ne
 
     loss of one direction   |p/|p| - z'/|z'||²  =  2 - 2 cos(p, z'),  a mean over images                   (eq. 2)
     loss                    the sum of both directions: each view is once the online network's, once the target's
-    target                  xi <- tau xi + (1 - tau) theta after every optimizer step; tau rises to 1   (eq. 1, 3, 4)
+    target                  xi <- tau xi + (1 - tau) theta after every optimizer step; tau rises to 1         (eq. 1)
 
 Nothing in the loss prevents collapse: constant outputs would have loss 0. But the target does not move along the
 gradient of that loss, and in practice the constant is not found as long as there is a predictor that keeps up with
@@ -18,7 +18,7 @@ the projector and a target that moves slowly. Take the predictor away (`--no-pre
 VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: 69.3 % without, 70.2 % with variance, 69.5 % with both).
 
     python byol.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 byol.py                       the same result as one process, sooner
+    torchrun --nproc_per_node 4 byol.py                       four processes share each batch
     torchrun --nproc_per_node 8 byol.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise
@@ -26,14 +26,14 @@ again once the target tells images apart, so a low loss alone is no sign of good
 1/sqrt(d), which is printed beside it. Sick: the loss near 0 with `std` near 0 or `rank` near 1.
 
 Where this file, the paper and the official code differ
-    initial target    a copy of the online network (official code: random weights of its own, from another seed). A
-                      moving average has to start somewhere; a few times 1/(1 - tau) steps later no start is left of
-                      it, but a short run would spend them predicting a random network, which `--init` would not reach
+    initial target    a copy of the online network (official code: other random weights). The start is forgotten after
+                      a few times 1/(1 - tau) steps, but a short run would spend them predicting a random network;
+                      and a copy starts from --init as well
     residual branches start at zero in `cifar` and `imagenet`, as the official code, not in `quick` (paper: not)
     brightness        multiplicative, as torchvision (official code: additive)
     predictor         ten times the learning rate in the `quick` recipe, whose target moves fast: a predictor that lags
                       behind lets the embeddings fall into few dimensions (paper: as the rest; ten times it where
-                      the moving average is left out, in the appendix on the near-optimal predictor)
+                      the moving average is left out, in appendix I)
     initial weights   torchvision's and PyTorch's (official code: truncated normal, biases 0)
     linear classifier trained afterwards by evaluate.py (official code: along with BYOL, without gradient to it)
 """
@@ -92,7 +92,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 4.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -111,7 +111,7 @@ class Args:
     projector_hidden: int = 1024  # width of the projector's hidden layer
     projector_dim: int = 256  # d, width of projections and predictions
     predictor_hidden: int = 1024  # width of the predictor's hidden layer
-    predictor: bool = True  # without it, training collapses (table 5)
+    predictor: bool = True  # without it, training collapses (table 5b)
     predictor_lr_factor: float = 10.0  # learning rate of the predictor's weights over that of the rest; the paper: 1
     zero_init: bool = False  # start residual branches at zero: slower at first, and `quick` is short
     std_coeff: float = 0.0  # weight of VICReg's variance penalty on the online projections
@@ -126,11 +126,11 @@ class Args:
 
 RECIPES = {
     "quick": {},
-    # Optimizer of the official small recipe (Imagenette), heads and tau of solo-learn's CIFAR recipe.
+    # Optimizer of the official small recipe (Imagenette), heads, crop and tau of solo-learn's CIFAR recipe.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=256, epochs=200, warmup_epochs=10, base_lr=2.0,
         weight_decay=1e-6, base_tau=0.99, projector_hidden=4096, predictor_hidden=4096, predictor_lr_factor=1.0,
-        zero_init=True, solarize=True, log_every=50, eval_every=10, save_every=10,
+        zero_init=True, crop_min_scale=0.08, solarize=True, log_every=50, eval_every=10, save_every=10,
     ),
     # Section 3.3 and the official code. 300 epochs: --epochs 300 --base-lr 0.3 --weight-decay 1e-6 --base-tau 0.99;
     # 100 epochs: --epochs 100 --base-lr 0.45 --weight-decay 1e-6 --base-tau 0.99.
@@ -144,7 +144,7 @@ RECIPES = {
 
 
 def check(args: Args) -> None:
-    """Refuse impossible values of this file's own flags."""
+    """Refuse impossible values of this method's flags."""
     if not 0 <= args.base_tau <= 1:
         fail(f"--base-tau {args.base_tau} is not between 0 and 1")
     if min(args.projector_hidden, args.projector_dim, args.predictor_hidden) < 1:

@@ -12,16 +12,16 @@ network of their own, a slow moving average of the network of the queries, which
     theta_k <- m theta_k + (1 - m) theta_q                                                                  (eq. 2)
 
 The negatives prevent collapse: were all embeddings the same, the loss would be log(K + 1). One short cut remains: the
-statistics of BatchNorm leave a mark on every embedding of a batch, and a query could know its key by that mark. So
-BatchNorm works in small groups of images, and the key images change places before they are grouped, which gives query
-and key different company (ShuffleBN, section 3.3).
+statistics of BatchNorm leave a mark on every embedding of a batch, and a query could know its key by that mark. So the
+key images change places before BatchNorm, which works in groups (the authors' eight GPUs), and a query and its key are
+normalised in different company (ShuffleBN, section 3.3). With one group, changing places would change nothing.
 
 `--version v1` is the first paper: linear head, T = 0.07, weaker views. v2, the default, has a head of two layers,
 T = 0.2 and stronger views. v2+ is v2 with a symmetric loss (SimSiam, arXiv 2011.10566, appendix C): each view is query
 once and key once.
 
     python moco.py                                              some minutes on two CPU cores
-    torchrun --nproc_per_node 4 moco.py                         the same result as one process, sooner
+    torchrun --nproc_per_node 4 moco.py                         four processes share each batch
     torchrun --nproc_per_node 8 moco.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts low, for the queue holds noise that is easily told from keys; it climbs towards
@@ -34,6 +34,7 @@ Where this file, the papers and the official code differ
                       scaled with the batch size (official code: not)
     BatchNorm         `--bn-groups` parts of the global batch (papers: one part for each GPU, eight); the running
                       statistics are the mean over all groups (official code: those of the first GPU)
+    flip              before the colours instead of last, which is the same: every step between treats left as right
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     v2+               mean of the two directions, and the keys of the second view alone go to the queue, which so
                       holds K different images (official CIFAR-10 demo: the sum, and the keys of both views)
@@ -94,7 +95,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 0.1  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "sgd"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "sgd"  # momentum 0.9 in both
     weight_decay: float = 1e-4  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -115,7 +116,7 @@ class Args:
     key_momentum: float = 0.99  # m, share of the key network that a step keeps
     bn_groups: int = 8  # parts of the batch with BatchNorm statistics of their own; 1: those of the whole batch
     head_dim: int = 128  # d, width of the embeddings
-    crop_min_scale: float = 0.2  # smallest share of the area that a crop keeps
+    crop_min_scale: float = 0.2  # smallest share of the area a crop keeps
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
@@ -124,13 +125,14 @@ class Args:
 
 RECIPES = {
     "quick": {},
-    # The official CIFAR-10 demo. With --version v2+, which it sums over both directions: --base-lr 0.06.
+    # The official CIFAR-10 demo. Its symmetric loss is the sum of both directions, ours their mean: the same steps are
+    # taken by --version v2+ --base-lr 0.06 --weight-decay 2.5e-4.
     "cifar": dict(
         dataset="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), arch="resnet18", stem="small",
         batch_size=512, epochs=200, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, temperature=0.1, queue_size=4096,
         crop_min_scale=0.08, log_every=50, eval_every=10, save_every=10,
     ),
-    # Section 4 and the official code. 800 epochs gain another 3.6 % (v2).
+    # Section 4 and the official code. 800 epochs gain another 3.6 points (v2).
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=256, epochs=200, warmup_epochs=0, base_lr=0.03,
         weight_decay=1e-4, queue_size=65536, key_momentum=0.999, blur=True, workers=12,
@@ -169,7 +171,7 @@ def crops(args: Args) -> list[Crop]:
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws. Both views alike."""
     if args.version == "v1":
-        if args.grayscale:  # first, so that a grey image keeps no trace of the jitter of its colours
+        if args.grayscale:  # before the jitter, which comes always: v1's order
             x = grayscale(x, draws.chance(0.2))
         if args.color_jitter:
             x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, p=1.0)
@@ -280,7 +282,7 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         parts = x.chunk(self.groups // rank_and_world()[1])
         means, variances = self.running_mean.new_zeros(2, len(parts), x.shape[1])  # parts×C each
-        # With momentum 1, batch_norm leaves the statistics of this part alone in the buffers it is given.
+        # With momentum 1, batch_norm overwrites the buffers it is given with this part's mean and unbiased variance.
         normalized = [
             F.batch_norm(part, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
             for part, mean, var in zip(parts, means, variances, strict=True)
@@ -332,7 +334,7 @@ def main(args: Args) -> dict[str, float]:
     if args.bn_groups > 1:
         group_batchnorm(model, args.bn_groups)
     weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]  # SGD decays them too; LARS would not adapt them
+    others = [p for p in model.parameters() if p.ndim == 1]  # biases, BatchNorm: SGD decays them too; LARS does not
     groups = [{"params": weights}, {"params": others, "adapt": False}]
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD

@@ -12,7 +12,7 @@ there is to it, and more of them help: the batch is large, and the embeddings of
 What makes it work beside the loss: strong colour augmentation, and a projector that is thrown away afterwards.
 
     python simclr.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 simclr.py --batch-size 1024     the same result as one process, sooner
+    torchrun --nproc_per_node 4 simclr.py --batch-size 1024     four processes share each batch
     torchrun --nproc_per_node 8 simclr.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near log(2N - 1) (5.5 at N = 128) and falls, fast at first, for as long as you
@@ -23,7 +23,8 @@ Where this file, the paper and the official code differ
     LARS              learning rate outside the momentum buffer (official code: inside; the same while it is constant)
     brightness        multiplicative, as the official code's default (the paper's own runs: additive)
     blur              one width per image (official code: one per batch and view)
-    weight decay      1e-6, as the paper (official TensorFlow 1 flags: 1e-4)
+    projector         two layers, as the paper (official code's default: three, as in SimCLR v2)
+    weight decay      1e-6, as the paper; 1e-4 in `cifar`, as the official README (whose ImageNet command has 1e-4, too)
     initial weights   torchvision's and PyTorch's (official code: truncated normal; head normal with std 0.01)
 """
 
@@ -45,6 +46,7 @@ from common import (
     color_jitter,
     cosine_schedule,
     distribute,
+    fail,
     fit_batch_size,
     grayscale,
     load_data,
@@ -76,7 +78,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -91,7 +93,7 @@ class Args:
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # with the batch size; equal at 4096 (appendix B.1)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # N / 256, or sqrt(N) / 4; equal at N = 4096 (appendix B.1)
     temperature: float = 0.2  # T (table 5: 0.1 on ImageNet; appendix B.9: 0.5 on CIFAR-10)
     projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
     projector_dim: int = 128  # d, width of the embeddings
@@ -105,6 +107,7 @@ class Args:
 
 RECIPES = {
     "quick": {},
+    # The official README's CIFAR-10 command, which trains 1000 epochs, with the paper's projector.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=10, base_lr=1.0,
         weight_decay=1e-4, temperature=0.5, jitter_strength=0.5, crop_min_scale=0.08,
@@ -119,6 +122,16 @@ RECIPES = {
 }  # fmt: skip
 
 
+def check(args: Args) -> None:
+    """Refuse impossible values of this method's flags."""
+    if not args.temperature > 0:
+        fail(f"--temperature must be positive, not {args.temperature}")
+    if min(args.projector_hidden, args.projector_dim) < 1:
+        fail("--projector-hidden and --projector-dim must be at least 1")
+    if not args.jitter_strength >= 0:
+        fail(f"--jitter-strength must not be negative, not {args.jitter_strength}")
+
+
 # ------------------------------------------------------------------------------------------------------ views
 
 
@@ -128,7 +141,10 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1]; every image has its own draws (appendix A). Both views alike."""
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A).
+
+    Both views alike.
+    """
     s = args.jitter_strength
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8)
@@ -202,6 +218,7 @@ def main(args: Args) -> dict[str, float]:
     args = fit_batch_size(args, len(train))
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
+    check(args)
 
     model = SimCLR(args)
     # --- shared: model ---

@@ -10,9 +10,9 @@ one view that of the other, which counts as a constant.
     loss = D(p1, z2) / 2 + D(p2, z1) / 2                                                                (eq. 4)
 
 Constant outputs have the lowest loss, -1, and the stop-gradient is what keeps training from going there
-(`--no-stop-gradient`: it collapses). The predictor is needed as well: without it both halves pull the two views
-together with half the gradient each, and the stop-gradient changes nothing but that factor (`--no-predictor`:
-section 4.2). It works best when it keeps up with the projections: its learning rate is not lowered.
+(`--no-stop-gradient`: it collapses). The predictor is needed as well (`--no-predictor`): without it, each half pulls
+one view towards the other, and together they have half the gradient of -cos(z1, z2) without stop-gradient, in the same
+direction (section 4.2). It should keep up with the projections: its learning rate does not decay (table 1c).
 
 `--std-coeff 1 --cov-coeff 0.01` adds VICReg's variance and covariance penalties on the projections, as the VICReg
 paper does it (arXiv 2105.04906, table 4, appendix C.4: 67.9 % without, 68.1 % with variance, 67.6 % with both). The
@@ -20,7 +20,7 @@ last BatchNorm holds every variance of the projections at 1, so the variance pen
 inputs have all but collapsed (standard deviation under 0.05 at n = 256).
 
     python simsiam.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 simsiam.py                       the same result as one process, sooner
+    torchrun --nproc_per_node 4 simsiam.py                       four processes share each batch
     torchrun --nproc_per_node 8 simsiam.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near 0 and falls towards -0.9; `std`, the standard deviation of the normalised
@@ -31,6 +31,8 @@ show as two opposite ones, with `rank` near 1 while `std` still stands.
 Where this file, the paper and the official code differ
     learning rate     a cosine per step in every recipe, as in the other files (official code: constant within an
                       epoch, so half an epoch behind on average, and never 0)
+    last BatchNorm    of the projector without scale and shift, as the official code (paper: with them; section 4.4
+                      finds no difference)
     projector         the last linear layer has no bias (official code: a frozen one, which BatchNorm takes out again)
     flip              before the colours instead of last, which is the same: every step between treats left as right
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
@@ -94,7 +96,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 0.4  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "sgd"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "sgd"  # momentum 0.9 in both
     weight_decay: float = 1e-4  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -118,7 +120,7 @@ class Args:
     zero_init: bool = False  # start residual branches at zero: slower at first, and `quick` is short
     std_coeff: float = 0.0  # weight of VICReg's variance penalty on the projections
     cov_coeff: float = 0.0  # weight of VICReg's covariance penalty on the projections
-    crop_min_scale: float = 0.2  # smallest share of the area that a crop keeps
+    crop_min_scale: float = 0.2  # smallest share of the area a crop keeps
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
     grayscale: bool = True  # drop the colour
@@ -144,7 +146,7 @@ RECIPES = {
 
 
 def check(args: Args) -> None:
-    """Refuse impossible values of this file's own flags."""
+    """Refuse impossible values of this method's flags."""
     if args.projector_layers not in (2, 3):
         fail(f"--projector-layers {args.projector_layers} is not 2 or 3")
     if args.projector_dim < 4:
@@ -164,7 +166,10 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1]; every image has its own draws (appendix A). Both views alike."""
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A).
+
+    Both views alike.
+    """
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
     if args.grayscale:
@@ -263,15 +268,16 @@ def main(args: Args) -> dict[str, float]:
         load_encoder(model.backbone, args.init)
     model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
     # --- end shared: model ---
+    parts = [
+        (model.backbone, False, 1.0),
+        (model.projector, False, 1.0),
+        (model.predictor, args.fix_predictor_lr, args.predictor_lr_factor),
+    ]
     groups = []  # weight decay on everything; `adapt` is for LARS alone, which spares biases and BatchNorm
-    for module, fixed in (model.backbone, False), (model.projector, False), (model.predictor, args.fix_predictor_lr):
-        weights = [p for p in module.parameters() if p.ndim > 1]
-        others = [p for p in module.parameters() if p.ndim == 1]
-        factor = args.predictor_lr_factor if module is model.predictor else 1.0
-        groups += [
-            {"params": weights, "fixed": fixed, "factor": factor},
-            {"params": others, "fixed": fixed, "factor": factor, "adapt": False},
-        ]
+    for module, fixed, factor in parts:
+        rates = {"fixed": fixed, "factor": factor}
+        groups.append({"params": [p for p in module.parameters() if p.ndim > 1], **rates})
+        groups.append({"params": [p for p in module.parameters() if p.ndim == 1], **rates, "adapt": False})
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)

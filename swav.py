@@ -14,8 +14,8 @@ gives every prototype the same total and every image the total 1. No gradient pa
 Multi-crop makes views cheap: small crops of small parts are predicted from, and only the two large ones have codes.
 A batch much smaller than K cannot use all prototypes equally: a queue of older embeddings joins it (`--queue-length`).
 
-    python swav.py                                              some minutes on two CPU cores
-    torchrun --nproc_per_node 4 swav.py --batch-size 1024     the same result as one process, sooner
+    python swav.py                                            some minutes on two CPU cores
+    torchrun --nproc_per_node 4 swav.py --batch-size 1024     four processes share each batch
     torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts a little above log K (4.2 at K = 64) and falls towards `entropy`, that of the
@@ -87,7 +87,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -114,7 +114,7 @@ class Args:
     small_crops: int = 0  # views beside the two large ones; the paper, for large images: 6
     small_size: int = 16  # their side in pixels
     small_scale: tuple[float, float] = (0.14, 0.4)  # share of the area that they keep (ImageNet: 0.05 to 0.14)
-    crop_min_scale: float = 0.2  # smallest share of the area that a large crop keeps; paper: 0.14 beside small ones
+    crop_min_scale: float = 0.2  # smallest share of the area a large crop keeps; paper: 0.14 beside small ones
     jitter_strength: float = 0.5  # s, strength of the colour jitter; the paper, for large images: 1
     flip: bool = True  # horizontal flip
     color_jitter: bool = True  # brightness, contrast, saturation, hue
@@ -124,13 +124,14 @@ class Args:
 
 RECIPES = {
     "quick": {},
-    # No paper's: two crops and 512 prototypes suit 32 pixels better than multi-crop and 3000.
+    # From no paper: at 32 pixels, two crops and 512 prototypes instead of multi-crop and 3000.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=10, base_lr=1.0,
         epsilon=0.05, prototypes=512, crop_min_scale=0.08, projector_hidden=2048, jitter_strength=0.5,
         log_every=50, eval_every=10, save_every=10,
     ),
-    # The official code's 800 epochs. Batch 256: --batch-size 256 --base-lr 0.6 --warmup-epochs 0 --queue-length 3840.
+    # The official code's longest run. With a batch of 256 it trains 200 or 400 epochs: --batch-size 256 --epochs 400
+    # --base-lr 0.6 --warmup-epochs 0 --queue-length 3840.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3,
         weight_decay=1e-6, epsilon=0.05, prototypes=3000, projector_hidden=2048, crop_min_scale=0.14, small_crops=6,
@@ -170,13 +171,14 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     """Codes (n, K) of this rank's rows of scores (n, K): every row sums to 1, and over the rows of all ranks every
     prototype has about the same total (eq. 5, by Sinkhorn and Knopp's algorithm).
 
-    Starts from exp(scores / epsilon); each iteration divides the columns by their totals, then the rows by theirs. In
-    the paper's words the totals become 1/K and 1/N: constants, which the next division takes out again. Three
-    iterations do not reach equal totals, and need not. Ending on the rows makes every code a distribution.
-    In float32 (float64 stays), also under autocast. Each row's maximum is subtracted before exp, and given back as the
-    factor that the row starts with: no score is too large, and every row sums to 1. A prototype's total is taken as
-    4e-31 where it is less, which takes scores 70 epsilon below the rest (cosines differ by 40 at most). Dividing rows
-    and columns changes their factors only: an iteration is two products with a vector, and leaves the n×K matrix alone.
+    Starts from exp(scores / epsilon); each iteration divides every column by its total, then every row by its own, so a
+    code ends as a distribution. (In the paper the totals become 1/K and 1/N; the next division cancels such constants.)
+    Three iterations do not reach equal totals, and need not. Only a factor for each row and column is kept: an
+    iteration is two products of the n×K matrix with a vector.
+    In float32 (float64 stays), also under autocast. Each row's maximum is taken out before exp and put back as the
+    factor the row starts with, so nothing overflows. A column's total counts as at least 4.5e-31, which touches only a
+    prototype whose every score lies 70 epsilon below the largest: impossible at epsilon 0.05, where cosines differ by
+    40 epsilon at most, possible at 0.02 (100).
     """
     if iterations < 1:
         raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
@@ -185,10 +187,12 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         top = scores.amax(1)  # n
         q = (scores - top[:, None]).div_(epsilon).exp_()  # n×K
         rows = ((top - all_gather(top).max()) / epsilon).exp()  # n
-        least = torch.finfo(q.dtype).tiny ** 0.8  # 4e-31: K times its reciprocal is still finite
+        least = torch.finfo(q.dtype).tiny ** 0.8  # 4.5e-31: K times its reciprocal is still finite
         for _ in range(iterations):
             totals = all_gather((rows @ q)[None]).sum(0)  # K, over this rank, then over all
-            columns = totals.mean() / totals.clamp(min=least)  # K; a common factor decides nothing, but may not grow
+            columns = totals.mean() / totals.clamp(
+                min=least
+            )  # K; any common factor would do, the mean keeps them in range
             rows = 1 / (q @ columns)  # n
         return q * rows[:, None] * columns
 

@@ -12,10 +12,10 @@ Nothing else prevents collapse: no negatives, no momentum encoder, no stop-gradi
 alone keeps the embeddings from becoming one point (try `--std-coeff 0`), the covariance term keeps the
 dimensions from repeating each other. The two branches need not share weights (`--no-shared-weights`).
 
-The covariance term costs O(n²d) here where the papers write O(nd²): |ZᵀZ|² = |ZZᵀ|², see `covariance_loss`.
+The covariance term costs O(n d min(n, d)) here instead of O(n d²): |ZᵀZ|² = |ZZᵀ|², see `covariance_loss`.
 
     python vicreg.py                                            four minutes on two CPU cores
-    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024     the same result as one process, sooner
+    torchrun --nproc_per_node 4 vicreg.py --batch-size 1024     four processes share each batch
     torchrun --nproc_per_node 8 vicreg.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts near 23 (variance term 0.66, invariance 0.23) and is slow to fall: at first the two
@@ -29,7 +29,7 @@ Where this file, the paper and the official code differ
                       over the two branches (eq. 6 sums), covariance is divided by n-1 of the gathered batch
     augmentation      as the official code: blur 1.0 | 0.1 and solarize 0 | 0.2 (paper: 0.5 and 0.1 on both)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
-    last learning rate  base/1000, as the official code (paper: 0.002 at batch 2048)
+    final rate        a thousandth of the peak, 0.0016 at batch 2048, as the official code (paper: 0.002)
     short last batch  left out (official code: kept, but divided by the full size)
 """
 
@@ -87,7 +87,7 @@ class Args:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 2.5  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # the optimizer
+    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 4  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -107,7 +107,7 @@ class Args:
     cov_coeff: float = 1.0  # nu, weight of the covariance term
     expander_hidden: int = 1024  # width of the expander's two hidden layers
     expander_dim: int = 1024  # d, width of the embeddings
-    shared_weights: bool = True  # one network for both views, or one for each
+    shared_weights: bool = True  # one network for both views, or one for each; --init fills the first
     arch2: str = ""  # backbone of the second view, if not the same; implies --no-shared-weights
     crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
     flip: bool = True  # horizontal flip
@@ -115,14 +115,16 @@ class Args:
     grayscale: bool = True  # drop the colour
     blur: bool = False  # Gaussian blur; part of the paper's views, for large images
     solarize: bool = True  # invert bright values
-    val_loss: bool = False  # at each evaluation, log the loss and its terms on the test images too
+    val_loss: bool = False  # at each evaluation of a trained network, log the loss on test images
 
 
 RECIPES = {
     "quick": {},
+    # From no paper: solo-learn's expander, batch, crop and decay (for 1000 epochs); the learning rate is ours.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", batch_size=256, epochs=200, warmup_epochs=10, base_lr=2.0,
-        weight_decay=1e-4, expander_hidden=2048, expander_dim=2048, log_every=50, eval_every=10, save_every=10,
+        weight_decay=1e-4, expander_hidden=2048, expander_dim=2048, crop_min_scale=0.2,
+        log_every=50, eval_every=10, save_every=10,
     ),
     # Section 4.2 and the official code. 100 epochs: --epochs 100 --base-lr 0.3.
     "imagenet": dict(
@@ -131,6 +133,16 @@ RECIPES = {
         workers=12, log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
+
+
+def check(args: Args, test: Data | None) -> None:
+    """Refuse impossible values of this method's flags."""
+    if not all(coeff >= 0 for coeff in (args.sim_coeff, args.std_coeff, args.cov_coeff)):
+        fail("--sim-coeff, --std-coeff and --cov-coeff must not be negative")
+    if min(args.expander_hidden, args.expander_dim) < 1:
+        fail("--expander-hidden and --expander-dim must be at least 1")
+    if args.val_loss and len(test or ()) < args.batch_size:
+        fail("--val-loss needs val/ or test/ with class folders and at least one batch of images")
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -142,9 +154,8 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args, blur: float, solarization: float) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix C.1).
-
-    The views differ in the probabilities `blur` and `solarization` only.
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix C.1,
+    with the official code's probabilities, in which alone the views differ: `blur` and `solarization`).
     """
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)
@@ -262,7 +273,8 @@ class VICReg(nn.Module):
 @torch.no_grad()
 def held_out_terms(model: VICReg, train: Data, test: Data, args: Args, how: tuple) -> dict[str, float]:
     """Loss and terms of the frozen network on views of the test images (`val_loss`, ...) and of as many training
-    images (`train_loss`, ...), means over batches. Every call takes the same images and views.
+    images (`train_loss`, ...), means over batches. Every call takes the same images and views. BatchNorm uses its
+    running statistics, so `train_loss` is not the loss of a training step.
     """
     device, dtype, autocast = how
     model.eval()
@@ -292,9 +304,8 @@ def main(args: Args) -> dict[str, float]:
     args = fit_batch_size(args, len(train))
     torch.manual_seed(args.seed)
     # --- end shared: setup ---
+    check(args, test)
 
-    if args.val_loss and len(test or ()) < args.batch_size:
-        fail("--val-loss needs val/ or test/ with class folders and at least one batch of images")
     model = VICReg(args)
     # --- shared: model ---
     if args.init:

@@ -183,3 +183,12 @@ def test_the_loss_on_held_out_images_needs_such_images(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         vicreg.main(args)
     assert end.value.code == 2 and "--val-loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [{"std_coeff": -1.0}, {"cov_coeff": float("nan")}, {"expander_dim": 0}])
+def test_impossible_flags_are_named(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        vicreg.main(tiny("vicreg", tmp_path, **flags))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert "--" + next(iter(flags)).replace("_", "-") in said
