@@ -22,7 +22,7 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
               kept in finetuned.pt, which a torchvision ResNet with as many classes loads
     tsne      t-SNE of the test features of some classes, a PNG
     diagnose  spread, rank and singular values of the features, covariance and correlation between their dimensions on
-              training and test images, alignment and uniformity (Wang and Isola, arXiv 2005.10242); a PNG and a JSON
+              training and test images (the same where no image has a label), alignment and uniformity (Wang and Isola, arXiv 2005.10242); a PNG and a JSON
               file
 
 The last line printed is one JSON object, which is also appended to results.jsonl. Accuracies are fractions. Under
@@ -507,10 +507,13 @@ def main(args: Args) -> dict[str, Any]:
     dtype, autocast, scaler = precision_of(args, device)
     how = (device, dtype, autocast)
     train, test = load_data(args, device)
-    if test is None:
+    if test is None and args.protocol != "diagnose":
         fail(f"--data-dir {args.data_dir} has no labelled val/ or test/ folder to test on")
-    chosen = label_subset(train.labels, args.train_fraction, args.seed)
-    train = train.subset(chosen)
+    if test is None:
+        test, chosen = train, torch.arange(len(train))  # which needs no labels
+    else:
+        chosen = label_subset(train.labels, args.train_fraction, args.seed)
+        train = train.subset(chosen)
     if args.protocol == "knn" and args.k > len(train):
         fail(f"--k {args.k} is more than the {len(train)} labelled training images")
     torch.manual_seed(args.seed)

@@ -117,7 +117,7 @@ def report(study: str, cifar: str) -> None:
     print(f"\n| {study} | untrained kNN | kNN | linear | spread of z, 1 if isotropic |\n|---|---|---|---|---|")
     for label, folder in folders.items():
         knn, std = (curve(folder, name)[1] for name in ("knn_top1", "embedding_std"))
-        linear, spread = judge(folder, "linear", *limit), std[-1] * width(folder) ** 0.5
+        linear, spread = judge(folder, "linear", "--epochs", "30", *limit), std[-1] * width(folder) ** 0.5
         print(f"| {label} | {100 * knn[0]:.1f} | {100 * knn[-1]:.1f} | {linear:.1f} | {spread:.2f} |")
     if study == "transfer":
         where = ("--data-dir", cifar, "--train-limit", "5000")
@@ -126,7 +126,8 @@ def report(study: str, cifar: str) -> None:
             ("frozen encoder of patterns", ()),
             ("frozen random weights", ("--scratch",)),
         ):
-            knn, linear = (judge(frozen, protocol, *where, *flags) for protocol in ("knn", "linear"))
+            knn = judge(frozen, "knn", *where, *flags)
+            linear = judge(frozen, "linear", "--epochs", "30", *where, *flags)
             print(f"| {label} | | {knn:.1f} | {linear:.1f} | |")
     if study == "covariance":
         draw_covariance(folders)

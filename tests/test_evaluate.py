@@ -339,6 +339,13 @@ def test_a_mean_of_zero_can_be_given(trained, tmp_path):
     assert judge(trained, "knn", str(tmp_path))["flags"]["std"] == list(common.IMAGENET_STD)
 
 
+def test_images_without_labels_can_be_diagnosed(trained, tmp_path):
+    where = {"dataset": "folder", "data_dir": str(Path(small_folder()) / "train" / "a")}
+    record = judge(trained, "diagnose", str(tmp_path), **where)
+    assert record["train_images"] == record["test_images"] == 16 and record["classes"] == 0
+    assert record["train_covariance"] == record["test_covariance"] > 0
+
+
 def test_a_bare_file_is_judged_on_another_dataset_and_size(trunk, tmp_path):
     torch.save(trunk, tmp_path / "weights.pt")
     where = {"dataset": "folder", "data_dir": small_folder(), "image_size": 40, "output": str(tmp_path / "out")}
