@@ -22,8 +22,8 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
               kept in finetuned.pt, which a torchvision ResNet with as many classes loads
     tsne      t-SNE of the test features of some classes, a PNG
     diagnose  spread, rank and singular values of the features, covariance and correlation between their dimensions on
-              training and test images (the same where no image has a label), alignment and uniformity (Wang and Isola, arXiv 2005.10242); a PNG and a JSON
-              file
+              training and test images (the same where no image has a label), alignment and uniformity (Wang and
+              Isola, arXiv 2005.10242); a PNG and a JSON file
 
 The last line printed is one JSON object, which is also appended to results.jsonl. Accuracies are fractions. Under
 torchrun every process takes its share of the images, and the result is the same.
