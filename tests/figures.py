@@ -1,9 +1,5 @@
-"""Draws the figures that the README shows, from the public functions and from runs/. Needs matplotlib.
+"""Draws docs/views.png with the public functions. Needs matplotlib. (The other figures are those of studies.py.)"""
 
-python vicreg.py; python vicreg.py --std-coeff 0; python tests/figures.py
-"""
-
-import json
 import sys
 from pathlib import Path
 
@@ -38,25 +34,5 @@ def draw_views() -> None:
     figure.savefig(ROOT / "docs" / "views.png", dpi=130)
 
 
-def draw_collapse() -> None:
-    """Training with and without the variance term: spread of the embeddings, and nearest-neighbour accuracy."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
-    for folder, name in (("vicreg", "VICReg"), ("vicreg-std_coeff=0.0", "without its variance term")):
-        lines = [json.loads(line) for line in (ROOT / "runs" / folder / "metrics.jsonl").read_text().splitlines()]
-        steps = [(line["step"], line["embedding_std"]) for line in lines if "embedding_std" in line]
-        scores = [(line["step"], 100 * line["knn_top1"]) for line in lines if "knn_top1" in line]
-        left.plot(*zip(*steps, strict=True), label=name)
-        right.plot(*zip(*scores, strict=True), "o-", label=name)
-    left.axhline(1024**-0.5, color="grey", linestyle=":", label="isotropic")
-    left.set(xlabel="step", ylabel="std of normalised embeddings", ylim=(0, None))
-    right.set(xlabel="step", ylabel="kNN top-1, %", ylim=(0, 100))
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(ROOT / "docs" / "collapse.png", dpi=130)
-
-
 if __name__ == "__main__":
     draw_views()
-    if len(sys.argv) == 1:
-        draw_collapse()

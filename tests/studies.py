@@ -11,12 +11,14 @@ matplotlib.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--epochs 4 --warmup-epochs 1"
+PROBE = ("--epochs", "30")  # of the linear classifier
 ONLY_CROPS = "--no-color-jitter --no-grayscale --no-solarize"
 
 # {study: {label: command}}; a command in two studies is run once.
@@ -82,13 +84,13 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def judge(folder: Path, protocol: str, *flags: str) -> float:
-    """Top-1 of `evaluate.py`, in percent, from the results kept in the run folder or anew."""
+def judge(folder: Path, protocol: str, *flags: str) -> dict:
+    """What `evaluate.py` finds, from the results kept in the run folder or anew."""
     output = folder / "-".join(["eval", protocol, *(Path(f).name.strip("-") for f in flags)])
     if not lines(output / "results.jsonl"):
-        line = ["evaluate.py", str(folder), "--protocol", protocol, *flags, "--output", str(output)]
+        line = ["evaluate.py", str(folder.relative_to(ROOT)), "--protocol", protocol, *flags, "--output", str(output)]
         subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return 100 * lines(output / "results.jsonl")[-1]["top1"]
+    return lines(output / "results.jsonl")[-1]
 
 
 def curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
@@ -97,11 +99,30 @@ def curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
     return [record["step"] for record in records], [record[name] for record in records]
 
 
+def draw_collapse(folders: dict[str, Path]) -> None:
+    """Spread of the embeddings and nearest-neighbour accuracy over each run; t-SNE of the first two."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for label, folder in folders.items():
+        left.plot(*curve(folder, "embedding_std"), label=label)
+        steps, scores = curve(folder, "knn_top1")
+        right.plot(steps, [100 * score for score in scores], "o-", label=label)
+    left.axhline(width(next(iter(folders.values()))) ** -0.5, color="grey", linestyle=":", label="isotropic")
+    left.set(xlabel="step", ylabel="std of normalised embeddings", ylim=(0, None))
+    right.set(xlabel="step", ylabel="kNN top-1, %", ylim=(0, 100))
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
+    figure.savefig(ROOT / "docs" / "collapse.png", dpi=130)
+    for name, folder in zip(("healthy", "collapsed"), folders.values(), strict=False):
+        shutil.copy(judge(folder, "tsne")["figure"], ROOT / "docs" / f"tsne-{name}.png")
+
+
 def draw_covariance(folders: dict[str, Path]) -> None:
     """The covariance term on training and on held-out images over each run."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(folders), figsize=(9, 2.8), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(folders), figsize=(8, 2.8), sharey=True, layout="constrained")
     for axis, (label, folder) in zip(axes, folders.items(), strict=True):
         for split, name in (("train", "training images"), ("val", "held-out images")):
             axis.plot(*curve(folder, f"{split}_covariance"), "o-", label=name)
@@ -117,18 +138,15 @@ def report(study: str, cifar: str) -> None:
     print(f"\n| {study} | untrained kNN | kNN | linear | spread of z, 1 if isotropic |\n|---|---|---|---|---|")
     for label, folder in folders.items():
         knn, std = (curve(folder, name)[1] for name in ("knn_top1", "embedding_std"))
-        linear, spread = judge(folder, "linear", "--epochs", "30", *limit), std[-1] * width(folder) ** 0.5
-        print(f"| {label} | {100 * knn[0]:.1f} | {100 * knn[-1]:.1f} | {linear:.1f} | {spread:.2f} |")
+        linear, spread = judge(folder, "linear", *PROBE, *limit)["top1"], std[-1] * width(folder) ** 0.5
+        print(f"| {label} | {100 * knn[0]:.1f} | {100 * knn[-1]:.1f} | {100 * linear:.1f} | {spread:.2f} |")
     if study == "transfer":
-        where = ("--data-dir", cifar, "--train-limit", "5000")
-        frozen = run(STUDIES["collapse"]["VICReg"], cifar)
-        for label, flags in (
-            ("frozen encoder of patterns", ()),
-            ("frozen random weights", ("--scratch",)),
-        ):
-            knn = judge(frozen, "knn", *where, *flags)
-            linear = judge(frozen, "linear", "--epochs", "30", *where, *flags)
-            print(f"| {label} | | {knn:.1f} | {linear:.1f} | |")
+        frozen, where = run(STUDIES["collapse"]["VICReg"], cifar), ("--data-dir", cifar, "--train-limit", "5000")
+        for label, flags in (("frozen encoder of patterns", where), ("random weights", (*where, "--scratch"))):
+            knn, linear = (judge(frozen, *protocol, *flags)["top1"] for protocol in (("knn",), ("linear", *PROBE)))
+            print(f"| {label} | | {100 * knn:.1f} | {100 * linear:.1f} | |")
+    if study == "collapse":
+        draw_collapse(folders)
     if study == "covariance":
         draw_covariance(folders)
         for label, folder in folders.items():
