@@ -21,8 +21,8 @@ The covariance term costs O(n d min(n, d)) here instead of O(n d²): |ZᵀZ|² =
 What you should see: the loss starts near 23 (variance term 0.66, invariance 0.23) and is slow to fall: at first the two
 views come together, the variance term rises to 0.76 and the covariance term sinks to a tenth of what it was; then the
 embeddings spread, variance falls and covariance rises to nearly 2. With `python vicreg.py` the loss ends near 18, and
-the online kNN goes from 44 % to 91 %. Sick: `std` near 0 (complete collapse), or `rank` at 1 or 2 (dimensional
-collapse). `--val-loss` logs the terms on the test images as well.
+the online kNN goes from 44 % to 91 %. Sick: the loss or `std` near 0 (complete collapse), or `rank` at a few
+(dimensional collapse). `--val-loss` logs the terms on the test images as well.
 
 Where this file, the paper and the official code differ
     normalisation     as the official code: invariance is a mean over n and d (eq. 5: a sum over d), variance is halved
