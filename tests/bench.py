@@ -1,5 +1,8 @@
 """How fast the pieces are, beside the usual way of writing them. Run by hand: python tests/bench.py [--device cuda]
 
+    python tests/bench.py                 every row, some ten minutes on two CPU cores
+    python tests/bench.py barlow start    some of them
+
 Every row times the reference and this project's code in the same process, in turns, after a warm-up, synchronised, and
 compares the medians; before that it checks that both compute the same, where they should. The references are written
 here as papers and official repositories do it: one d×d matrix, one tensor, one image at a time.
@@ -408,11 +411,35 @@ def bench_start(device: torch.device) -> None:
     print(f" {'yes' if beyond < 5 else 'NO'} |", flush=True)
 
 
+def bench_peak(device: torch.device, target: float) -> None:
+    peaks = (peak_bytes(which, 256, 8192, device.type) for which in ("reference", "ours"))
+    row("VICReg loss, n 256, d 8192, peak extra memory", *peaks, target, "MB")
+
+
+# {name: bench(device, cuda)}, with the ratios to reach.
+ROWS: dict[str, Callable[[torch.device, bool], None]] = {
+    "vicreg": lambda d, cuda: bench_loss("VICReg", d, {1024: 6.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0}),
+    "barlow": lambda d, cuda: bench_loss("Barlow Twins", d, {1024: 4.0} if cuda else {256: 15.0, 1024: 3.5, 2048: 2.0}),
+    "memory": lambda d, cuda: bench_peak(d, 8.0),
+    "views": lambda d, cuda: bench_views(d, 50.0 if cuda else 4.0),
+    "lars": lambda d, cuda: bench_lars(d, 5.0 if cuda else 1.2),
+    "average": lambda d, cuda: bench_average(d, 5.0 if cuda else 1.0),
+    "sinkhorn": lambda d, cuda: bench_sinkhorn(d, 1.5 if cuda else 1.0),
+    "step": lambda d, cuda: bench_step(d, 4.0 if cuda else 1.3, 0.95 if cuda else 0.85),
+    "folder": lambda d, cuda: bench_folder(d, 1.5 if cuda else 1.3),
+    "start": lambda d, cuda: bench_start(d),
+    "growth": lambda d, cuda: bench_growth(d),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"all, or some of: {', '.join(ROWS)}")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--peak", nargs=3, metavar=("WHICH", "N", "D"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"no such row: {', '.join(sorted(unknown))}")
     device, cuda = torch.device(options.device), options.device == "cuda"
     torch.manual_seed(0)
     if options.peak:
@@ -421,18 +448,9 @@ def main() -> None:
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
     print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
-    bench_loss("VICReg", device, {1024: 6.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0})
-    bench_loss("Barlow Twins", device, {1024: 4.0} if cuda else {256: 15.0, 1024: 3.5, 2048: 2.0})
-    peaks = (peak_bytes(which, 256, 8192, options.device) for which in ("reference", "ours"))
-    row("VICReg loss, n 256, d 8192, peak extra memory", *peaks, 8.0, "MB")
-    bench_views(device, 50.0 if cuda else 4.0)
-    bench_lars(device, 5.0 if cuda else 1.2)
-    bench_average(device, 5.0 if cuda else 1.0)
-    bench_sinkhorn(device, 1.5 if cuda else 1.0)
-    bench_step(device, 4.0 if cuda else 1.3, 0.95 if cuda else 0.85)
-    bench_folder(device, 1.5 if cuda else 1.3)
-    bench_start(device)
-    bench_growth(device)
+    for what, bench in ROWS.items():
+        if what in (options.rows or ROWS):
+            bench(device, cuda)
 
 
 if __name__ == "__main__":
