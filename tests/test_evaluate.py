@@ -302,6 +302,17 @@ def test_two_processes_find_what_one_finds(protocol, trained, on_two, tmp_path):
         assert numbers and all(record[name] == pytest.approx(alone[name], rel=1e-3) for name in numbers)
 
 
+def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, capsys):
+    for world in (1, 2, 4):
+        monkeypatch.setattr(evaluate, "rank_and_world", lambda world=world: (0, world))
+        sizes = [evaluate.fit_batch(Args("", batch_size=256), images).batch_size for images in (50, 255, 256, 1000)]
+        assert sizes == [32, 128, 256, 256]
+    monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 3))
+    with pytest.raises(SystemExit):
+        evaluate.fit_batch(Args(""), 50)
+    assert "--batch-size" in capsys.readouterr().err
+
+
 def test_finetuning_moves_the_backbone_and_learns_what_the_frozen_features_do_not_show(trained, tmp_path):
     """Brightness, which tells the classes apart, is what an encoder trained with colour jitter need not show."""
     none = judge(trained, "finetune", str(tmp_path), lr_backbone=0.0, lr_head=0.0, epochs=1)

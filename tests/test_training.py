@@ -203,6 +203,29 @@ def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsy
     assert "warning: collapse at step" in said and "only rises" in said
 
 
+@pytest.mark.parametrize("sign", ["std", "rank", "scale", None])
+def test_each_sign_of_collapse_is_warned_of_once(sign, tmp_path, capsys):
+    args, device = tiny("vicreg", tmp_path), torch.device("cpu")
+    train, test = common.load_data(args, device)
+    run = common.Run(args, train, test, device, torch.float32, torch.autocast("cpu", enabled=False))
+    healthy = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    z = {
+        "std": 100 + healthy,  # one direction with little around it
+        "rank": healthy[:, :2] @ healthy[:2],  # a plane
+        "scale": 1e-4 * healthy,  # near the origin
+        None: healthy,
+    }[sign]
+    for step in (1, 2):
+        run.log(step, torch.tensor(1.0), {}, 0.1, z)
+    run.close()
+    named = {"std": "normalised embeddings have std", "rank": "effective rank", "scale": "shrink to one point"}
+    said = capsys.readouterr().err
+    assert {name for name, text in named.items() if text in said} == (
+        {sign, "rank"} if sign == "std" else {sign} - {None}
+    )
+    assert said.count("warning") == (2 if sign == "std" else 1 if sign else 0)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     vicreg = module("vicreg")
     vicreg.main(tiny("vicreg", tmp_path))
