@@ -98,7 +98,7 @@ class Args:
     k: int = 20  # knn: neighbours
     temperature: float = 0.07  # knn: of the neighbours' votes
     epochs: int = 0  # 0: 100 for linear, 20 for finetune
-    batch_size: int = 256  # linear, finetune: images per step over all processes
+    batch_size: int = 0  # linear, finetune: images per step over all processes; 0: 256, or fewer for 8 steps an epoch
     augment: bool = False  # linear: random resized crops and flips instead of features computed once
     lr: float = 0.0  # linear: learning rate; 0: choose on held-out images
     weight_decay: float = 0.0  # linear: only with --lr
@@ -309,9 +309,10 @@ def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, ho
 
 
 def fit_batch(args: Args, images: int) -> Args:
-    """A batch too large for the images becomes the largest power of two among them, for any number of processes."""
+    """A batch that fits the images, the same for any number of processes; a power of two if none that fits is given."""
     world = rank_and_world()[1]
-    size = args.batch_size if args.batch_size <= images else 2 ** int(math.log2(images))
+    size = args.batch_size or min(256, max(16, 2 ** int(math.log2(images / 8))))
+    size = size if size <= images else 2 ** int(math.log2(images))
     if size % world or size < 2 * world:
         fail(f"a batch of {size} does not divide among {world} processes with two or more each; change --batch-size")
     return dataclasses.replace(args, batch_size=size)
@@ -451,11 +452,12 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
 def check(args: Args) -> None:
     if not 0 < args.train_fraction <= 1:
         fail(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
-    for name in ("k", "batch_size", "temperature", "classes"):
+    for name in ("k", "temperature", "classes"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     for name in (
         "epochs",
+        "batch_size",
         "image_size",
         "train_limit",
         "seed",
@@ -525,7 +527,6 @@ def main(args: Args) -> dict[str, Any]:
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
     record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
-    record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
     rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
     if args.protocol == "finetune":
         record |= finetune(net, width, train, test, args, how, scaler)
@@ -541,12 +542,14 @@ def main(args: Args) -> dict[str, Any]:
         if args.protocol == "knn":
             record |= knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
         elif args.protocol == "linear":
+            batch_size = fit_batch(args, len(train)).batch_size
             record |= linear_probe(
-                train_x, train_y, test_x, test_y, args.epochs, args.batch_size, rates, decays, args.seed
+                train_x, train_y, test_x, test_y, args.epochs, batch_size, rates, decays, args.seed
             )  # fmt: skip
         else:
             numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, how))
             record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
+    record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
     on_rank_0(lambda: save_result(record, args, chosen))
     if rank_and_world()[0] == 0:
         print(json.dumps(record), flush=True)

@@ -307,6 +307,8 @@ def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, capsy
         monkeypatch.setattr(evaluate, "rank_and_world", lambda world=world: (0, world))
         sizes = [evaluate.fit_batch(Args("", batch_size=256), images).batch_size for images in (50, 255, 256, 1000)]
         assert sizes == [32, 128, 256, 256]
+        sizes = [evaluate.fit_batch(Args(""), images).batch_size for images in (12, 50, 500, 1000, 50_000)]
+        assert sizes == [8, 16, 32, 64, 256]
     monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 3))
     with pytest.raises(SystemExit):
         evaluate.fit_batch(Args(""), 50)
