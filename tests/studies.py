@@ -27,7 +27,7 @@ STUDIES = {
     "collapse": {
         "VICReg": "vicreg.py",
         "without variance": "vicreg.py --std-coeff 0",
-        "the same, three times the rate": "vicreg.py --std-coeff 0 --base-lr 8 --warmup-epochs 2 --max-steps 195",
+        "the same, shorter warm-up": "vicreg.py --std-coeff 0 --warmup-epochs 2 --max-steps 195",
     },
     "transfer": {
         "from scratch": f"vicreg.py {SHORT} --data-dir CIFAR --train-limit 5000",
