@@ -1,7 +1,6 @@
 """Nothing saved is lost: processes that are killed at any moment, dead ranks, folders that cannot be written."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -87,7 +86,9 @@ def kill_a_rank(line: list[str], when: str) -> tuple[int | None, str]:
         try:
             said += launcher.communicate(timeout=90)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+            for process in (launcher.pid, *map(int, ranks)):  # the ranks have sessions of their own
+                os.kill(process, signal.SIGKILL)
             return None, said
         return launcher.returncode, said
 
@@ -104,15 +105,18 @@ def test_when_a_rank_dies_the_others_end_too(tmp_path):
 
 @needs_proc
 def test_torchrun_restarts_the_run_where_it_was(tmp_path):
-    line = command("vicreg", tmp_path / "run", processes=2, epochs=6, eval_every=6)
-    line.insert(line.index("--standalone"), "--max-restarts=1")
-    status, said = kill_a_rank(line, "step 9/")
-    if status is None:  # seen once: the restarted processes waited for each other in gloo's own rendezvous
-        shutil.rmtree(tmp_path / "run")
+    # Now and then gloo's own rendezvous fails or hangs after a restart, before this project's code runs: more restarts
+    # for the one, another run for the other.
+    for attempt in range(3):
+        folder = tmp_path / f"run{attempt}"
+        line = command("vicreg", folder, processes=2, epochs=6, eval_every=6)
+        line.insert(line.index("--standalone"), "--max-restarts=3")
         status, said = kill_a_rank(line, "step 9/")
-    assert status == 0 and "continuing after step" in said and "step 24/24" in said
+        if status is not None:
+            break
+    assert status == 0 and "continuing after step" in said and "step 24/24" in said, said
     module("vicreg").main(tiny("vicreg", tmp_path / "alone", epochs=6, eval_every=6))
-    together, alone = (metrics(tmp_path / name)[-1]["knn_top1"] for name in ("run", "alone"))
+    together, alone = (metrics(run)[-1]["knn_top1"] for run in (folder, tmp_path / "alone"))
     assert together == pytest.approx(alone, abs=0.06), "one test image is 0.025"
 
 
