@@ -70,7 +70,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(method, tmp_path):
 def kill_a_rank(line: list[str], when: str) -> tuple[int | None, str]:
     """Start torchrun, SIGKILL one of its processes once it prints `when`; (exit status, all it printed).
 
-    The status is None if torchrun and its processes still hang after a minute and a half.
+    The status is None if torchrun and its processes still hang after a minute.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -84,7 +84,7 @@ def kill_a_rank(line: list[str], when: str) -> tuple[int | None, str]:
                 os.kill(int(ranks[-1]), signal.SIGKILL)
                 break
         try:
-            said += launcher.communicate(timeout=90)[0]
+            said += launcher.communicate(timeout=60)[0]
         except subprocess.TimeoutExpired:
             ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
             for process in (launcher.pid, *map(int, ranks)):  # the ranks have sessions of their own
@@ -107,7 +107,7 @@ def test_when_a_rank_dies_the_others_end_too(tmp_path):
 def test_torchrun_restarts_the_run_where_it_was(tmp_path):
     # Now and then gloo's own rendezvous fails or hangs after a restart, before this project's code runs: more restarts
     # for the one, another run for the other.
-    for attempt in range(3):
+    for attempt in range(5):
         folder = tmp_path / f"run{attempt}"
         line = command("vicreg", folder, processes=2, epochs=6, eval_every=6)
         line.insert(line.index("--standalone"), "--max-restarts=3")
