@@ -154,8 +154,9 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args, blur: float, solarization: float) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix C.1,
-    with the official code's probabilities, in which alone the views differ: `blur` and `solarization`).
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix C.1).
+
+    The views differ in the probabilities `blur` and `solarization` only, which are those of the official code.
     """
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, p=0.8)

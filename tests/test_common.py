@@ -223,6 +223,13 @@ def test_knn_on_separable_and_on_shuffled_labels():
     assert 0.1 < common.knn_accuracy(x[:300], shuffled[:300], x[300:], shuffled[300:]) < 0.4
 
 
+def test_a_class_without_a_vote_is_no_guess():
+    random = np.random.default_rng(0)
+    x, y = torch.from_numpy(random.standard_normal((200, 8))), torch.from_numpy(random.integers(0, 6, 200))
+    scores = common.knn_scores(x[:100], y[:100], x[100:], y[100:], k=1)
+    assert 0 < scores["top5"] == scores["top1"] < 1, "one neighbour names one class"
+
+
 def test_signs_of_collapse():
     random = np.random.default_rng(0)
     healthy = torch.from_numpy(random.standard_normal((500, 64)))

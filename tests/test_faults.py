@@ -70,7 +70,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(method, tmp_path):
 def kill_a_rank(line: list[str], when: str) -> tuple[int | None, str]:
     """Start torchrun, SIGKILL one of its processes once it prints `when`; (exit status, all it printed).
 
-    The status is None if torchrun and its processes still hang after a minute.
+    The status is None if torchrun and its processes still hang after a minute and a half.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
@@ -84,7 +84,7 @@ def kill_a_rank(line: list[str], when: str) -> tuple[int | None, str]:
                 os.kill(int(ranks[-1]), signal.SIGKILL)
                 break
         try:
-            said += launcher.communicate(timeout=60)[0]
+            said += launcher.communicate(timeout=90)[0]
         except subprocess.TimeoutExpired:
             ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
             for process in (launcher.pid, *map(int, ranks)):  # the ranks have sessions of their own
@@ -99,7 +99,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 @needs_proc
 def test_when_a_rank_dies_the_others_end_too(tmp_path):
     status, _ = kill_a_rank(command("vicreg", tmp_path, processes=2, epochs=500, eval_every=500), "step 9/")
-    assert status != 0
+    assert status not in (0, None)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 4
 
 
@@ -107,7 +107,7 @@ def test_when_a_rank_dies_the_others_end_too(tmp_path):
 def test_torchrun_restarts_the_run_where_it_was(tmp_path):
     # Now and then gloo's own rendezvous fails or hangs after a restart, before this project's code runs: more restarts
     # for the one, another run for the other.
-    for attempt in range(5):
+    for attempt in range(4):
         folder = tmp_path / f"run{attempt}"
         line = command("vicreg", folder, processes=2, epochs=6, eval_every=6)
         line.insert(line.index("--standalone"), "--max-restarts=3")
