@@ -12,7 +12,8 @@ one view that of the other, which counts as a constant.
 Constant outputs have the lowest loss, -1, and the stop-gradient is what keeps training from going there
 (`--no-stop-gradient`: it collapses). The predictor is needed as well (`--no-predictor`): without it, each half pulls
 one view towards the other, and together they have half the gradient of -cos(z1, z2) without stop-gradient, in the same
-direction, so that collapses as well (section 4.2). It should keep up with the projections: its learning rate does not decay (table 1c).
+direction, so that collapses as well (section 4.2). It should keep up with the projections: its learning rate does not
+decay (table 1c).
 
 `--std-coeff 1 --cov-coeff 0.01` adds VICReg's variance and covariance penalties on the projections, as the VICReg
 paper does it (arXiv 2105.04906, table 4, appendix C.4: 67.9 % without, 68.1 % with variance, 67.6 % with both). The

@@ -190,7 +190,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
         least = torch.finfo(q.dtype).tiny ** 0.8  # 4.5e-31: K times its reciprocal is still finite
         for _ in range(iterations):
             totals = all_gather((rows @ q)[None]).sum(0)  # K, over this rank, then over all
-            columns = totals.mean() / totals.clamp(min=least)  # K; any common factor would do, this one keeps range
+            columns = totals.mean() / totals.clamp(min=least)  # K; any common factor would do, but it may not grow
             rows = 1 / (q @ columns)  # n
         return q * rows[:, None] * columns
 
