@@ -141,6 +141,9 @@ def start_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        restarts, own_store = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        if restarts and os.environ.get(own_store) != "1" and os.environ["RANK"] == "0":
+            warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
         own_gpu = cuda and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return device
@@ -270,6 +273,10 @@ def precision_of(args, device: torch.device) -> tuple[torch.dtype, Any, torch.am
 
 
 # ---------------------------------------------------------------------------------------- per-image randomness
+
+
+# First word of a key, so that no two uses share their numbers: for numpy (seed, step) and (seed, step, 0) are one key.
+ORDER, CROPS, VIEWS = 1, 2, 3
 
 
 class Draws:
@@ -537,7 +544,7 @@ class CroppedFiles(torch.utils.data.Dataset):
         def read(image: Image.Image) -> list[Tensor]:
             width, height = upright_size(image)
             # The draws belong to (seed, epoch, image, view): the number of workers changes nothing.
-            draws = [Draws((self.seed, *key, view), 1) for view in range(len(self.crops))]
+            draws = [Draws((CROPS, self.seed, *key, view), 1) for view in range(len(self.crops))]
             drawn = list(zip(draws, self.crops, strict=True))
             boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
             views = cut(image, boxes, self.crops)
@@ -591,7 +598,7 @@ def batch_indices(total: int, args, first_step: int, last_step: int) -> Iterator
     for step in range(first_step, last_step):
         epoch, start = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
         if epoch != order_of:
-            order, order_of = np.random.default_rng((args.seed, epoch)).permutation(total), epoch
+            order, order_of = np.random.default_rng((ORDER, args.seed, epoch)).permutation(total), epoch
         yield epoch, order[start : start + args.batch_size]
 
 
@@ -609,7 +616,7 @@ def batches(
     indices = ((epoch, index[rows]) for epoch, index in batch_indices(len(data), args, first_step, last_step))
 
     def draws_of(step: int) -> list[Draws]:
-        return [Draws((args.seed, step, view), args.batch_size, rows) for view in range(len(crops))]
+        return [Draws((VIEWS, args.seed, step, view), args.batch_size, rows) for view in range(len(crops))]
 
     if data.pixels is not None:
         for step, (_, index) in enumerate(indices, first_step):

@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,7 +20,7 @@ def draw_views() -> None:
     data = common.patterns("train", 8)
     views = common.batches(data, vicreg.crops(args), args, 0, 1, torch.device("cpu"), torch.float32)
     (x1, x2), (draws1, draws2) = next(views)
-    order = np.random.default_rng((args.seed, 0)).permutation(8)
+    ((_, order),) = common.batch_indices(8, args, 0, 1)
     rows = [data.pixels[torch.from_numpy(order)] / 255]
     rows += [vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)]
     figure, axes = plt.subplots(3, 8, figsize=(8, 3.2))

@@ -259,6 +259,14 @@ def test_any_start_any_number_of_workers_gives_the_same_views(data):
                 close(a, b, rtol=0, atol=0)
 
 
+def test_the_order_of_an_epoch_and_the_draws_of_a_step_share_no_numbers():
+    data, args = common.patterns("train", 8), Options(batch_size=8)
+    orders = [order.tolist() for _, order in common.batch_indices(8, args, 0, 4)]  # one step per epoch
+    for _, draws in common.batches(data, [Crop(8, (1, 1), "bilinear")] * 2, args, 0, 4, CPU, FLOAT):
+        for key in (d.generator.bit_generator.seed_seq for d in draws):
+            assert np.random.default_rng(key).permutation(8).tolist() not in orders
+
+
 def test_every_rank_takes_its_slice_of_the_same_batch(data, monkeypatch):
     def steps():
         return [views for views, _ in common.batches(data, CROPS, Options(), 0, 4, CPU, torch.float64)]
