@@ -105,7 +105,7 @@ class Args:
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
     lambd: float = 0.0051  # lambda, weight of the redundancy term (paper: 0.005)
-    base_lr_biases: float = 0.1  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
+    base_lr_biases: float = 0.01  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
     projector_hidden: int = 1024  # width of the projector's two hidden layers
     projector_dim: int = 1024  # d, width of the embeddings
     crop_min_scale: float = 0.2  # smallest share of the area a crop keeps; the paper, for large images: 0.08
