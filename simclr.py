@@ -15,8 +15,8 @@ What makes it work beside the loss: strong colour augmentation, and a projector 
     torchrun --nproc_per_node 4 simclr.py --batch-size 1024     four processes share each batch
     torchrun --nproc_per_node 8 simclr.py --recipe imagenet --data-dir /data/imagenet
 
-What you should see: the loss starts somewhat above log(2N - 1) (at 6.1 where N = 128 and log 255 = 5.5), reaches it while
-the learning rate rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises
+What you should see: the loss starts above log(2N - 1) (6.1 where N = 128 and log 255 = 5.5), reaches it while the
+learning rate rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises
 towards 1. Sick: the loss stays at log(2N - 1).
 
 Where this file, the paper and the official code differ

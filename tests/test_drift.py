@@ -20,12 +20,12 @@ REGION = re.compile(r"^ *# --- shared: (\w+) ---\n(.*?)^ *# --- end shared: \1 -
 
 # Shared flags whose default is another than SimCLR's, and why.
 OTHER_DEFAULTS = {
-    "vicreg": {"mean", "std", "base_lr", "warmup_epochs"},
-    "barlow": {"mean", "std"},
-    "byol": {"mean", "std", "batch_size", "epochs", "base_lr"},
-    "simsiam": {"mean", "std", "batch_size", "epochs", "base_lr", "optimizer", "weight_decay"},
-    "swav": {"mean", "std"},
-    "moco": {"mean", "std", "base_lr", "optimizer", "weight_decay"},
+    "vicreg": {"mean", "std", "base_lr"},
+    "barlow": {"mean", "std", "base_lr", "warmup_epochs"},
+    "byol": {"mean", "std", "batch_size", "epochs", "base_lr", "warmup_epochs"},
+    "simsiam": {"mean", "std", "batch_size", "epochs", "base_lr", "warmup_epochs", "optimizer", "weight_decay"},
+    "swav": {"mean", "std", "base_lr", "warmup_epochs"},
+    "moco": {"mean", "std", "base_lr", "warmup_epochs", "optimizer", "weight_decay"},
 }
 
 
