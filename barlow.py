@@ -1,4 +1,5 @@
-"""Barlow Twins: self-supervised learning via redundancy reduction (Zbontar, Jing, Misra, LeCun, Deny; ICML 2021).
+"""Barlow Twins: self-supervised learning via redundancy reduction (Zbontar, Jing, Misra, LeCun, Deny; ICML 2021,
+arXiv 2103.03230).
 
 Two views of an image pass through the same network. Every dimension of the embeddings z and z' (n×d) is brought to mean
 0 and variance 1 over the batch, and C is the d×d matrix of correlations between a dimension of z and one of z':
@@ -8,8 +9,8 @@ Two views of an image pass through the same network. Every dimension of the embe
     loss = sum of (1 - C_ii)²  +  lambda · sum over i != j of C_ij²                                    (eq. 1)
            invariance             redundancy
 
-arXiv 2103.03230. The identity is the target: a dimension should say the same of both views (diagonal) and nothing that
-another one says (rest). A constant embedding correlates with nothing, so its diagonal is 0 and the loss is d: that
+The target is the identity: a dimension should agree between the views (diagonal) and be uncorrelated with every other
+dimension (off the diagonal). A constant embedding correlates with nothing, so its diagonal is 0 and the loss is d: that
 prevents complete collapse, without negatives, momentum encoder, stop-gradient or predictor. The redundancy term keeps
 the dimensions from repeating each other (try `--lambd 0`).
 
@@ -28,8 +29,9 @@ Sick: `on_diagonal` stays at d (the embedding is constant, or nothing is learned
 Where this file, the paper and the official code differ
     gradient          the true one (official code: 1/W of it on W processes, see RECIPES)
     learning rate     of biases and BatchNorm in recipe imagenet: 0.0003, which is the official 0.0048 over W = 16
-    weight decay      1e-6, as the official code (paper: 1.5e-6); beside its 1/W of the gradient it weighs W = 16 times
-                      as much: --weight-decay 1.6e-5 has the same ratio
+    weight decay      1e-6, as the official code (paper: 1.5e-6). Its gradient is 1/W of the true one, so there decay
+                      weighs W = 16 times as much against it: --weight-decay 1.6e-5 restores that ratio
+    precision         of the loss: float32, also under autocast (official code: inside autocast, its products in half)
     lambda            0.0051, as the official code (paper: 0.005)
     BatchNorm of z    written out in the loss (official code: a module, with running statistics that nothing reads)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
@@ -126,7 +128,7 @@ RECIPES = {
     ),
     # Section 2.2 and the official code. The authors' best --base-lr at other batch sizes (300 epochs, issue 7 of their
     # repository): 0.7 at 128, 0.4 at 256, 0.3 at 512, 0.25 at 1024, 0.2 at 4096. Those runs had one rate for
-    # all and a loss times 0.024: with them goes --base-lr-biases = 0.024 / 16 = 0.0015 of --base-lr.
+    # all and multiplied the loss by 0.024: --base-lr-biases at 0.0015 (0.024 / 16) of --base-lr does the same.
     # Biases and BatchNorm take the raw gradient, which in the official code is 1/W of the true one on W processes (the
     # sum of C over processes is not differentiated, then DDP averages). Its 0.0048 with W = 16 is 0.0048 / 16 here.
     "imagenet": dict(
@@ -140,19 +142,17 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    for name in ("lambd", "base_lr_biases"):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
-    for name in ("projector_hidden", "projector_dim"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if not (args.lambd >= 0 and args.base_lr_biases >= 0):
+        fail("--lambd and --base-lr-biases must not be negative")
+    if min(args.projector_hidden, args.projector_dim) < 1:
+        fail("--projector-hidden and --projector-dim must be at least 1")
 
 
 # ------------------------------------------------------------------------------------------------------ views
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bicubic", flip=0.5 * args.flip)] * 2
 
 
@@ -180,6 +180,7 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
 
     The variance is the biased one, over n. eps keeps a constant dimension at 0, with a finite gradient.
     """
+    z = z - z[:1].detach()  # a shift changes nothing, but rounding in the mean of a large constant would
     return F.batch_norm(z, None, None, training=True, eps=eps)
 
 

@@ -31,9 +31,9 @@ Where this file, the paper and the official code differ
                       and a copy starts from --init as well
     residual branches start at zero in `cifar` and `imagenet`, as the official code, not in `quick` (paper: not)
     brightness        multiplicative, as torchvision (official code: additive)
-    predictor         ten times the learning rate in the `quick` recipe, whose target moves fast: a predictor that lags
-                      behind lets the embeddings fall into few dimensions (paper: as the rest; ten times it where
-                      the moving average is left out, in appendix I)
+    predictor         its matrices at ten times the learning rate in `quick`, whose target moves fast: a predictor that
+                      lags behind lets the embeddings fall into few dimensions (paper: as the rest; ten times it
+                      where the moving average is left out, in appendix I)
     initial weights   torchvision's and PyTorch's (official code: truncated normal, biases 0)
     linear classifier trained afterwards by evaluate.py (official code: along with BYOL, without gradient to it)
 """
@@ -159,7 +159,7 @@ def check(args: Args) -> None:
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bicubic", flip=0.5 * args.flip)] * 2
 
 

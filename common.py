@@ -196,6 +196,8 @@ class _AllGather(torch.autograd.Function):
 def all_gather(x: Tensor) -> Tensor:
     """Rows of every rank in rank order: (n, ...) -> (world·n, ...), differentiable; x itself without a group.
 
+    Every rank must hold the same number of rows.
+
     The backward pass sums over ranks, so if every rank computes the same loss L of the gathered rows, the gradient
     is that of world·L; DistributedDataParallel then averages over ranks, which gives exactly the gradient that
     one process would compute from the global batch.
@@ -282,9 +284,10 @@ ORDER, CROPS, VIEWS = 1, 2, 3
 class Draws:
     """Random numbers that belong to images, not to processes.
 
-    Every method draws for the whole global batch of `total` images, from a generator seeded by `key`, and returns
-    the rows of this rank; so the same images get the same numbers on any number of processes. The numbers are
-    float64 on the CPU: the primitives below then know on the host which images they have to touch.
+    Every method draws for the whole global batch of `total` images, from a generator seeded by `key` (integers, not
+    negative; another key for each step and view), and returns `rows` of them, this rank's; so the same images get the
+    same numbers on any number of processes. Each call draws new ones. They are float64 on the CPU: the
+    primitives below then know on the host which images they have to touch.
     """
 
     def __init__(self, key: tuple[int, ...], total: int, rows: slice = slice(None)):
@@ -806,7 +809,7 @@ def random_boxes(
 
 
 def random_resized_crop(x: Tensor, draws: Draws, crop: Crop) -> Tensor:
-    """(n, 3, H, W) -> (n, 3, size, size): a random box of each image, resized, half of them flipped."""
+    """(n, 3, H, W) in [0, 1] -> (n, 3, size, size): a random box of each image, resized, maybe flipped."""
     boxes = random_boxes(draws, *x.shape[2:], crop.scale)
     return resized_crop(x, boxes, crop.size, crop.interpolation, draws.chance(crop.flip))
 
@@ -1034,9 +1037,10 @@ class LARS(torch.optim.Optimizer):
         g <- g * eta * |p| / |g|      if both norms are positive
         m <- momentum * m + g;   p <- p - lr * m
 
-    In a parameter group with `adapt=False` (biases and BatchNorm) the first two lines are left out: neither weight
-    decay nor adaptation. All tensors of a group are updated by a handful of multi-tensor calls, without reading
-    anything back from the device. Stands alone.
+    In a parameter group with `adapt=False` the first two lines are left out: neither weight decay nor adaptation,
+    as is usual for biases and BatchNorm: LARS([{"params": matrices}, {"params": others, "adapt": False}], lr=0.2).
+    All tensors of a group are updated by a handful of multi-tensor calls, without reading anything back from the
+    device. Stands alone.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
@@ -1105,20 +1109,23 @@ def knn_scores(
     """Top-1 and top-5 accuracy, fractions, of the weighted nearest-neighbour classifier (Wu et al., arXiv 1805.01978).
 
     Each test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training
-    images. train_x (N, d), train_y (N,), test_x (M, d), test_y (M,). Stands alone.
+    images. train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k counts N at most. Computed in
+    float32 (float64 stays). Stands alone.
     """
-    train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
     classes = int(max(train_y.max(), test_y.max())) + 1
     top1 = top5 = 0
     rows = min(1024, max(1, 2**28 // len(train_x)))  # a gigabyte of similarities at most
-    for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
-        similarity, index = (x @ train_x.T).topk(k, dim=1)  # m×k
-        votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
-        # A common factor decides nothing: with the nearest at exp(0), no temperature overflows.
-        votes.scatter_add_(1, train_y[index], ((similarity - similarity[:, :1]) / temperature).exp())
-        most = votes.topk(min(5, classes), dim=1)
-        hits = (most.indices == y[:, None]) & (most.values > 0)  # a class without a vote is no guess
-        top1, top5 = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item()
+    with torch.no_grad(), torch.autocast(train_x.device.type, enabled=False):
+        train_x, test_x = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (train_x, test_x))
+        train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
+        for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
+            similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # m×k
+            votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
+            # A common factor decides nothing: with the nearest at exp(0), no temperature overflows.
+            votes.scatter_add_(1, train_y[index], ((similarity - similarity[:, :1]) / temperature).exp())
+            most = votes.topk(min(5, classes), dim=1)
+            hits = (most.indices == y[:, None]) & (most.values > 0)  # a class without a vote is no guess
+            top1, top5 = top1 + hits[:, 0].sum().item(), top5 + hits.sum().item()
     return {"top1": top1 / len(test_y), "top5": top5 / len(test_y)}
 
 
@@ -1131,7 +1138,7 @@ def knn_accuracy(
 
 @torch.no_grad()
 def embedding_health(z: Tensor) -> dict[str, float]:
-    """Two signs of collapse in a batch of embeddings (n, d).
+    """Two signs of collapse in a batch of finite embeddings (n, d), n >= 2.
 
     embedding_std: standard deviation of z/|z| over the batch, averaged over dimensions; 1/sqrt(d) if isotropic, 0
     if all embeddings are the same (Chen and He, arXiv 2011.10566, section 4.1).
@@ -1341,7 +1348,7 @@ class Run:
             how = (self.args, self.device, self.dtype, self.autocast)
             train_x, test_x = features(net, bank, *how), features(net, self.test, *how)
             train_y, test_y = bank.labels.to(self.device), self.test.labels.to(self.device)
-            knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=min(20, len(bank)))
+            knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=20)
             self.write({"step": step, "knn_top1": knn_top1})
             if rank_and_world()[0] == 0:
                 what = f"step {step}/{self.last_step}" if step else "untrained network"

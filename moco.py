@@ -11,7 +11,7 @@ network of their own, a slow moving average of the network of the queries, which
 
     theta_k <- m theta_k + (1 - m) theta_q                                                                  (eq. 2)
 
-The negatives prevent collapse: were all embeddings the same, the loss would be log(K + 1). One short cut remains: the
+The negatives prevent collapse: were all embeddings the same, the loss would be log(K + 1). One shortcut remains: the
 statistics of BatchNorm leave a mark on every embedding of a batch, and a query could know its key by that mark. So the
 key images change places before BatchNorm, which works in groups (the authors' eight GPUs), and a query and its key are
 normalised in different company (ShuffleBN, section 3.3). With one group, changing places would change nothing.
@@ -34,7 +34,7 @@ Where this file, the papers and the official code differ
                       scaled with the batch size (official code: not)
     BatchNorm         `--bn-groups` parts of the global batch (papers: one part for each GPU, eight); the running
                       statistics are the mean over all groups (official code: those of the first GPU)
-    flip              before the colours instead of last, which is the same: every step between treats left as right
+    flip              before the colours instead of last: the same, since every step between commutes with a flip
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     v2+               mean of the two directions, and the keys of the second view alone go to the queue, which so
                       holds K different images (official CIFAR-10 demo: the sum, and the keys of both views)
@@ -164,12 +164,15 @@ def check(args: Args, images: int) -> int:
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear", flip=0.5 * args.flip)] * 2
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws. Both views alike."""
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws.
+
+    Both views have the same strengths and probabilities.
+    """
     if args.version == "v1":
         if args.grayscale:  # before the jitter, which comes always: v1's order
             x = grayscale(x, draws.chance(0.2))

@@ -7,9 +7,9 @@ the 2N - 1 others, by cosine similarity:
 
     loss = mean of l over all 2N ordered pairs of views                                            (algorithm 1)
 
-The denominator prevents collapse: were all embeddings the same, every l would be log(2N - 1). So negatives are all
-there is to it, and more of them help: the batch is large, and the embeddings of all processes take part, with gradient.
-What makes it work beside the loss: strong colour augmentation, and a projector that is thrown away afterwards.
+The denominator prevents collapse: were all embeddings the same, every l would be log(2N - 1). Only the negatives
+do this, and more of them help: the batch is large, and the embeddings of all processes take part, with gradient. Two
+more things matter: strong colour augmentation, and a projector that is thrown away afterwards.
 
     python simclr.py                                            some minutes on two CPU cores
     torchrun --nproc_per_node 4 simclr.py --batch-size 1024     four processes share each batch
@@ -22,6 +22,7 @@ towards 1. Sick: the loss stays at log(2N - 1).
 Where this file, the paper and the official code differ
     loss              mean over the 2N anchors, as the paper (official code: the sum of two means, twice that)
     LARS              learning rate outside the momentum buffer (official code: inside; the same while it is constant)
+    crop              0.08 of the area or more, as the paper (official code: about 0.1, by TensorFlow's sampler)
     brightness        multiplicative, as the official code's default (the paper's own runs: additive)
     blur              one width per image (official code: one per batch and view)
     projector         two layers, as the paper (official code's default: three, as in SimCLR v2)
@@ -118,7 +119,8 @@ RECIPES = {
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=1000, warmup_epochs=10, base_lr=0.3,
         weight_decay=1e-6, temperature=0.1, projector_hidden=2048, jitter_strength=1.0, crop_min_scale=0.08, blur=True,
-        workers=12, log_every=50, eval_every=10, save_every=1,
+        workers=12,
+        log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
 
@@ -137,14 +139,14 @@ def check(args: Args) -> None:
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bicubic", flip=0.5 * args.flip)] * 2
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A).
 
-    Both views alike.
+    Both views have the same strengths and probabilities.
     """
     s = args.jitter_strength
     if args.color_jitter:

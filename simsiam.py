@@ -35,7 +35,7 @@ Where this file, the paper and the official code differ
     last BatchNorm    of the projector without scale and shift, as the official code (paper: with them; section 4.4
                       finds no difference)
     projector         the last linear layer has no bias (official code: a frozen one, which BatchNorm takes out again)
-    flip              before the colours instead of last, which is the same: every step between treats left as right
+    flip              before the colours instead of last: the same, since every step between commutes with a flip
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     predictor         ten times the learning rate in the `quick` recipe, which is short: a predictor that lags behind
                       lets the projections fall into few dimensions (paper and official code: as the rest)
@@ -43,7 +43,7 @@ Where this file, the paper and the official code differ
     warm-up           two epochs in `quick`; none in the others, as the official code (paper: 10 epochs from batch 1024
                       on: `--warmup-epochs 10`)
     weight decay      on every parameter, as the official code; with `--optimizer lars`, biases and BatchNorm are left
-                      out of decay and adaptation, as LARS is used everywhere else
+                      out of both, as in BYOL, Barlow Twins and VICReg
 """
 
 from dataclasses import dataclass
@@ -162,14 +162,14 @@ def check(args: Args) -> None:
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear", flip=0.5 * args.flip)] * 2
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A).
 
-    Both views alike.
+    Both views have the same strengths and probabilities.
     """
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)

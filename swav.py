@@ -141,6 +141,26 @@ RECIPES = {
 }  # fmt: skip
 
 
+def check(args: Args, images: int) -> None:
+    """Refuse impossible values of this method's flags."""
+    low, high = args.small_scale
+    if args.prototypes < 2:
+        fail(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
+    if min(args.temperature, args.epsilon, args.sinkhorn_iterations) <= 0:
+        fail("--temperature, --epsilon and --sinkhorn-iterations must be positive")
+    if not 0 <= args.small_crops <= 16:
+        fail(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")
+    if args.small_crops and not 1 <= args.small_size <= args.image_size:
+        fail(f"--small-size {args.small_size} must be 1 to --image-size {args.image_size}, or --small-crops 0")
+    if args.small_crops and not 0 < low <= high <= 1:
+        fail(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
+    if not 0 <= args.queue_length <= images:
+        fail(f"--queue-length {args.queue_length} must be 0 to the number of training images, {images}")
+    if args.queue_length % args.batch_size:
+        fits = args.queue_length // args.batch_size * args.batch_size
+        fail(f"--queue-length {args.queue_length} is no multiple of --batch-size {args.batch_size}; take {fits}")
+
+
 # ------------------------------------------------------------------------------------------------------ views
 
 
@@ -297,26 +317,6 @@ class Queue(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------- training
-
-
-def check(args: Args, images: int) -> None:
-    """Refuse impossible values of this method's flags."""
-    low, high = args.small_scale
-    if args.prototypes < 2:
-        fail(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
-    if min(args.temperature, args.epsilon, args.sinkhorn_iterations) <= 0:
-        fail("--temperature, --epsilon and --sinkhorn-iterations must be positive")
-    if not 0 <= args.small_crops <= 16:
-        fail(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")
-    if args.small_crops and not 1 <= args.small_size <= args.image_size:
-        fail(f"--small-size {args.small_size} must be 1 to --image-size {args.image_size}, or --small-crops 0")
-    if args.small_crops and not 0 < low <= high <= 1:
-        fail(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
-    if not 0 <= args.queue_length <= images:
-        fail(f"--queue-length {args.queue_length} must be 0 to the number of training images, {images}")
-    if args.queue_length % args.batch_size:
-        fits = args.queue_length // args.batch_size * args.batch_size
-        fail(f"--queue-length {args.queue_length} is no multiple of --batch-size {args.batch_size}; take {fits}")
 
 
 def main(args: Args) -> dict[str, float]:

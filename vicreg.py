@@ -21,12 +21,14 @@ The covariance term costs O(n d min(n, d)) here instead of O(n d²): |ZᵀZ|² =
 What you should see: the loss starts near 23 (variance term 0.66, invariance 0.23) and is slow to fall: at first the two
 views come together, the variance term rises to 0.76 and the covariance term sinks to a tenth of what it was; then the
 embeddings spread, variance falls and covariance rises to nearly 2. With `python vicreg.py` the loss ends near 18, and
-the online kNN goes from 44 % to 91 %. Sick: the loss or `std` near 0 (complete collapse), or `rank` at a few
-(dimensional collapse). `--val-loss` logs the terms on the test images as well.
+the online kNN goes from 44 % to 89 %. Sick: `variance` near 0.99 and `invariance` near 0 (complete collapse: the loss
+stays near 24.8, or goes to 0 with `--std-coeff 0`), or `rank` at a few (dimensional collapse). `--val-loss` logs the
+terms on the test images as well.
 
 Where this file, the paper and the official code differ
     normalisation     as the official code: invariance is a mean over n and d (eq. 5: a sum over d), variance is halved
-                      over the two branches (eq. 6 sums), covariance is divided by n-1 of the gathered batch
+                      over the two branches (eq. 6 sums)
+    precision         of the loss: float32, also under autocast (official code: inside autocast, its products in half)
     augmentation      as the official code: blur 1.0 | 0.1 and solarize 0 | 0.2 (paper: 0.5 and 0.1 on both)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     final rate        a thousandth of the peak, 0.0016 at batch 2048, as the official code (paper: 0.002)
@@ -130,7 +132,8 @@ RECIPES = {
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", batch_size=2048, epochs=1000, warmup_epochs=10, base_lr=0.2,
         weight_decay=1e-6, expander_hidden=8192, expander_dim=8192, crop_min_scale=0.08, blur=True,
-        workers=12, log_every=50, eval_every=10, save_every=1,
+        workers=12,
+        log_every=50, eval_every=10, save_every=1,
     ),
 }  # fmt: skip
 
@@ -149,7 +152,7 @@ def check(args: Args, test: Data | None) -> None:
 
 
 def crops(args: Args) -> list[Crop]:
-    """The first step of each view, made where the image is decoded: random resized crop and flip, the same for both."""
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own."""
     return [Crop(args.image_size, (args.crop_min_scale, 1.0), "bicubic", flip=0.5 * args.flip)] * 2
 
 

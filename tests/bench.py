@@ -299,18 +299,16 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def bench_step(device: torch.device, target: float, target_of_ceiling: float) -> None:
-    """ResNet-18 on 32-pixel images, batch 256, expander 2048: seconds per step, over several steps.
+    """ResNet-18 on 32-pixel images, batch 256, expander 2048: seconds for four steps.
 
-    The usual script loads with two worker processes beside the training process.
+    The usual script loads its images once in the training process, with the same threads as here, and once in two
+    processes of their own besides.
     """
     half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
     args = vicreg.Args(arch="resnet18", batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True)
     args.crop_min_scale = 0.08
     data = common.patterns("train", 2048)
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
-    loader = torch.utils.data.DataLoader(
-        Pictures(pictures), 256, shuffle=True, num_workers=2, persistent_workers=True, pin_memory=device.type == "cuda"
-    )
     data.pixels = data.pixels.to(device)
     steps, fixed = 4, [torch.randn(256, 3, 32, 32, device=device).to(memory_format=torch.channels_last)] * 2
 
@@ -336,13 +334,23 @@ def bench_step(device: torch.device, target: float, target_of_ceiling: float) ->
     def looped(model: nn.Module) -> LoopedLARS:
         return LoopedLARS(model.parameters(), lr=0.1, weight_decay=1e-6)
 
-    again = itertools.chain.from_iterable(itertools.repeat(loader))
-    usual = trainer(again, vicreg_by_dxd, looped, torch.contiguous_format)
     ours = trainer(our_views(data, args, device), vicreg_here, lars, torch.channels_last)
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(
+            Pictures(pictures),
+            256,
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        again = itertools.chain.from_iterable(itertools.repeat(loader))
+        usual = trainer(again, vicreg_by_dxd, looped, torch.contiguous_format)
+        reference, here = compare(usual, ours, device)
+        rates = ", ".join(f"{256 * steps / t:.0f}" for t in (reference, here))
+        beside = f" beside {workers} loader processes" if workers else ""
+        row(f"four training steps, ResNet-18, batch 256{beside} ({rates} images/s)", reference, here, target)
     ceiling = trainer(itertools.repeat(fixed), vicreg_here, lars, torch.channels_last)
-    reference, here = compare(usual, ours, device)
-    rates = ", ".join(f"{256 * steps / t:.0f}" for t in (reference, here))
-    row(f"four training steps, ResNet-18, batch 256 ({rates} images/s)", reference, here, target)
     best, here = compare(ceiling, ours, device)
     row("the same beside forward, backward and update alone on a fixed batch", best, here, target_of_ceiling)
 

@@ -223,6 +223,15 @@ def test_knn_on_separable_and_on_shuffled_labels():
     assert 0.1 < common.knn_accuracy(x[:300], shuffled[:300], x[300:], shuffled[300:]) < 0.4
 
 
+def test_knn_in_half_precision_and_with_few_neighbours_to_have():
+    random = np.random.default_rng(0)
+    y = torch.arange(60) % 3
+    x = 1e4 * (torch.eye(3)[y].repeat(1, 40) + 0.05 * torch.from_numpy(random.standard_normal((60, 120))).float())
+    for features in (x, x.half(), x.bfloat16(), x.clone().requires_grad_()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert common.knn_accuracy(features[:10], y[:10], features[10:], y[10:], k=20, temperature=0.01) == 1
+
+
 def test_a_class_without_a_vote_is_no_guess():
     random = np.random.default_rng(0)
     x, y = torch.from_numpy(random.standard_normal((200, 8))), torch.from_numpy(random.integers(0, 6, 200))
