@@ -838,8 +838,10 @@ def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, int
     if interpolation == "bicubic":  # Keys' kernel with a = -1/2
         near, far = (1.5 * t - 2.5) * t**2 + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
         weights = near.where(t < 1, far).where(t < 2, 0)
-    else:
+    elif interpolation == "bilinear":
         weights = (1 - t).clamp(min=0)
+    else:
+        raise ValueError(f"interpolation is bilinear or bicubic, not {interpolation}")
     first, last = start[:, None, None], (start + length)[:, None, None]
     weights = weights * ((position > first) & (position < last))
     return weights / weights.sum(2, keepdim=True)

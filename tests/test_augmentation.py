@@ -194,3 +194,8 @@ def test_upright_boxes_on_a_turned_photograph(tmp_path):
         upright = ImageOps.exif_transpose(image).convert("RGB")
     want = TF.resized_crop(upright, 10, 3, 40, 30, [20, 20], MODES["bicubic"], antialias=True)
     close(got, TF.pil_to_tensor(want), rtol=0, atol=0)
+
+
+def test_other_interpolations_are_refused():
+    with pytest.raises(ValueError, match="bilinear or bicubic"):
+        common.resized_crop(torch.zeros(1, 3, 8, 8), torch.tensor([[0, 0, 8, 8]]), 8, "nearest")
