@@ -31,7 +31,7 @@ Where this file, the paper and the official code differ
     learning rate     of biases and BatchNorm in recipe imagenet: 0.0003, which is the official 0.0048 over W = 16
     weight decay      1e-6, as the official code (paper: 1.5e-6). Its gradient is 1/W of the true one, so there decay
                       weighs W = 16 times as much against it: --weight-decay 1.6e-5 restores that ratio
-    precision         of the loss: float32, also under autocast (official code: inside autocast, its products in half)
+    precision         bf16 on a GPU, the loss in float32 (official code: fp16, the products of the loss, too)
     lambda            0.0051, as the official code (paper: 0.005)
     BatchNorm of z    written out in the loss (official code: a module, with running statistics that nothing reads)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
@@ -128,7 +128,7 @@ RECIPES = {
     ),
     # Section 2.2 and the official code. The authors' best --base-lr at other batch sizes (300 epochs, issue 7 of their
     # repository): 0.7 at 128, 0.4 at 256, 0.3 at 512, 0.25 at 1024, 0.2 at 4096. Those runs had one rate for
-    # all and multiplied the loss by 0.024: --base-lr-biases at 0.0015 (0.024 / 16) of --base-lr does the same.
+    # all and multiplied the loss by 0.024: --base-lr-biases at 0.0015 (0.024 / 16) of --base-lr does the same to those.
     # Biases and BatchNorm take the raw gradient, which in the official code is 1/W of the true one on W processes (the
     # sum of C over processes is not differentiated, then DDP averages). Its 0.0048 with W = 16 is 0.0048 / 16 here.
     "imagenet": dict(

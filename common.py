@@ -1242,7 +1242,7 @@ class Run:
         print(f"{self.folder}: {len(train)} training images {kept}, {scored}")
         print(
             f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}; {self.total_steps} steps, "
-            f"{self.steps_per_epoch} per epoch; learning rate {args.base_lr:g} at 256 images",
+            f"{self.steps_per_epoch} per epoch; base learning rate {args.base_lr:g}",
             flush=True,
         )
 

@@ -26,8 +26,8 @@ once and key once.
 
 What you should see: the loss starts low, for the queue holds noise that is easily told from keys; it climbs towards
 log(K + 1) (5.5 at K = 256) while the first keys fill the queue, all alike as yet, and falls from then on; `accuracy`,
-how often the right key comes first, rises towards 1. Sick: the loss stays at log(K + 1); or accuracy close to 1 within
-an epoch and a kNN accuracy that does not move (BatchNorm gives the answer away).
+how often the right key comes first, rises towards 1. Sick: the loss stays at log(K + 1); or accuracy close to 1 once
+the queue is full of keys, and a kNN accuracy that does not move (BatchNorm gives the answer away).
 
 Where this file, the papers and the official code differ
     learning rate     cosine at every step (official code: at every epoch; v1: a tenth at epochs 120 and 160), and
@@ -38,6 +38,7 @@ Where this file, the papers and the official code differ
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     v2+               mean of the two directions, and the keys of the second view alone go to the queue, which so
                       holds K different images (official CIFAR-10 demo: the sum, and the keys of both views)
+    precision         bf16 on a GPU (official code: float32, as `--precision fp32`)
     --recipe cifar    the official demo's settings, with the head of v2 (demo: linear)
 """
 
@@ -125,8 +126,8 @@ class Args:
 
 RECIPES = {
     "quick": {},
-    # The official CIFAR-10 demo. Its symmetric loss is the sum of both directions, ours their mean: the same steps are
-    # taken by --version v2+ --base-lr 0.06 --weight-decay 2.5e-4.
+    # The official CIFAR-10 demo. Its symmetric loss is the sum of both directions, ours their mean: with
+    # --version v2+ --base-lr 0.06 --weight-decay 2.5e-4, loss and decay have its weights.
     "cifar": dict(
         dataset="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), arch="resnet18", stem="small",
         batch_size=512, epochs=200, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, temperature=0.1, queue_size=4096,

@@ -24,7 +24,11 @@ Where this file, the paper and the official code differ
     LARS              learning rate outside the momentum buffer (official code: inside; the same while it is constant)
     crop              0.08 of the area or more, as the paper (official code: about 0.1, by TensorFlow's sampler)
     brightness        multiplicative, as the official code's default (the paper's own runs: additive)
-    blur              one width per image (official code: one per batch and view)
+    contrast          about the image's mean grey, saturation towards grey, as torchvision (official code, in
+                      TensorFlow: about the mean of each channel; saturation in HSV)
+    resizing          antialiased, as torchvision (official code: not)
+    blur              one width per image (official code: one per batch and view), mirrored at the border (zeros)
+    precision         bf16 on a GPU (official code: float32, as `--precision fp32`)
     projector         two layers, as the paper (official code's default: three, as in SimCLR v2)
     weight decay      1e-6, as the paper; 1e-4 in `cifar`, as the official README (whose ImageNet command has 1e-4, too)
     initial weights   torchvision's and PyTorch's (official code: truncated normal; head normal with std 0.01)
@@ -95,7 +99,7 @@ class Args:
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
     # --- end shared: args ---
-    lr_scaling: Literal["linear", "sqrt"] = "linear"  # N / 256, or sqrt(N) / 4; equal at N = 4096 (appendix B.1)
+    lr_scaling: Literal["linear", "sqrt"] = "linear"  # base_lr times N / 256, or times sqrt(N) / 4 (appendix B.1)
     temperature: float = 0.2  # T (table 5: 0.1 on ImageNet; appendix B.9: 0.5 on CIFAR-10)
     projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
     projector_dim: int = 128  # d, width of the embeddings
@@ -230,7 +234,7 @@ def main(args: Args) -> dict[str, float]:
     model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
     # --- end shared: model ---
     weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # no decay, no adaptation
+    others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
     # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD

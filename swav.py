@@ -28,7 +28,7 @@ Where this file, the paper and the official code differ
     projector         no bias before BatchNorm, which removes it (official code: with one, whose gradient is nothing but
                       rounding; LARC scales it up)
     warm-up           linear from 0 (official code: from 0.3 to 4.8, one sixteenth of the peak)
-    Sinkhorn          factors of rows and columns instead of dividing the matrix: the same numbers, half the time
+    Sinkhorn          factors of rows and columns instead of dividing the matrix: the same in two thirds of the time
     scores            in float32 also under autocast (official code: half; bf16 would change the codes by some per cent)
     queue             its rows are kept once for all processes (official code: each has the rows of its own images)
     BatchNorm         over the images of all processes (official code, at batch 4096: of groups of eight GPUs)

@@ -14,7 +14,7 @@ dimensions from repeating each other. The two branches need not share weights (`
 
 The covariance term costs O(n d min(n, d)) here instead of O(n d²): |ZᵀZ|² = |ZZᵀ|², see `covariance_loss`.
 
-    python vicreg.py                                            four minutes on two CPU cores
+    python vicreg.py                                            some minutes on two CPU cores
     torchrun --nproc_per_node 4 vicreg.py --batch-size 1024     four processes share each batch
     torchrun --nproc_per_node 8 vicreg.py --recipe imagenet --data-dir /data/imagenet
 
@@ -28,7 +28,7 @@ terms on the test images as well.
 Where this file, the paper and the official code differ
     normalisation     as the official code: invariance is a mean over n and d (eq. 5: a sum over d), variance is halved
                       over the two branches (eq. 6 sums)
-    precision         of the loss: float32, also under autocast (official code: inside autocast, its products in half)
+    precision         bf16 on a GPU, the loss in float32 (official code: fp16, the products of the loss, too)
     augmentation      as the official code: blur 1.0 | 0.1 and solarize 0 | 0.2 (paper: 0.5 and 0.1 on both)
     blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
     final rate        a thousandth of the peak, 0.0016 at batch 2048, as the official code (paper: 0.002)
