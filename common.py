@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,8 +52,10 @@ def stop(message: str) -> typing.NoReturn:
     raise SystemExit(1)
 
 
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+def warn(message: str, every_rank: bool = False) -> None:
+    """One line per machine, or from every rank that calls."""
+    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,7 +146,10 @@ def start_processes() -> torch.device:
         restarts, own_store = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         if restarts and os.environ.get(own_store) != "1" and os.environ["RANK"] == "0":
             warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
-        own_gpu = cuda and int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count()
+        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        own_gpu = cuda and sharing <= torch.cuda.device_count()
+        if cuda and not own_gpu and os.environ["RANK"] == "0":
+            warn(f"{sharing} processes see {torch.cuda.device_count()} GPU: they talk through gloo, which is slower")
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return device
 
@@ -315,7 +320,6 @@ IMAGE_SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind
 RESIDENT_SIDE = 256  # larger images are cropped by the loader's workers before they become a batch
 RESIDENT_BYTES = 2**31  # a folder of equally sized images is kept in memory up to this many bytes
 BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)  # what Pillow raises
 
 
 @dataclasses.dataclass
@@ -326,6 +330,11 @@ class Data:
     files: np.ndarray | None  # (N,) paths as bytes: an array, so that workers share it without copying
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]
+    found: int = 0  # images there were before `subset` chose among them
+    bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
+
+    def __post_init__(self) -> None:
+        self.found = self.found or len(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -333,7 +342,7 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes)
+        return Data(pixels, files, self.labels[index], self.classes, self.found)
 
 
 class Crop(NamedTuple):
@@ -366,7 +375,7 @@ def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
 
 
 def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
-    """CIFAR-10, CIFAR-100 or STL-10 (with its unlabelled images), downloaded to `root` by rank 0 where missing."""
+    """CIFAR-10, CIFAR-100 or STL-10 (with its unlabelled images), downloaded to `root` where missing."""
 
     def load(train: bool, download: bool) -> Data:
         if name == "stl10":
@@ -385,6 +394,10 @@ def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
             fail(f"--dataset {name} is not in --data-dir {root} and cannot be downloaded: {error}")
 
     on_rank_0(download)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 < rank_and_world()[0]:
+        download()  # on a machine with a disk of its own
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # wait for all
     return load(True, download=False), load(False, download=False)
 
 
@@ -406,19 +419,25 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     for split in ("val", "test"):
         files, folders = list_images(root / split)
         if unknown := set(folders) - {""} - set(classes):
-            fail(f"--data-dir {root}: {split}/ has a class {min(unknown)!r} that the training images have not")
-        if len(files) and "" not in folders:
+            warn(f"{root / split} is not used: it has a class {min(unknown)!r} that the training images have not")
+        elif len(files) and "" not in folders:
             return train, keep_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
     return train, None
 
 
 def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
     """All images below `root` in sorted order, and for each the folder of `root` it lies in, "" if in none. Hidden
-    files and folders are left out, and the folders `skip` of `root`.
+    files and folders are left out, the folders `skip` of `root`, and links back to a folder that holds them.
     """
     files, folders = [], []
     for parent, below, names in os.walk(root, followlinks=True):
-        below[:] = sorted(f for f in below if not (f.startswith(".") or (parent == str(root) and f in skip)))
+        here = Path(parent).resolve()
+        below[:] = sorted(
+            name
+            for name in below
+            if not (name.startswith(".") or (parent == str(root) and name in skip))
+            and not here.is_relative_to((here / name).resolve())
+        )
         names = [name for name in sorted(names) if not name.startswith(".")]
         names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
         first = Path(parent).relative_to(root).parts[:1]
@@ -435,18 +454,17 @@ def keep_if_small(data: Data) -> Data:
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
-    bad: dict[str, str] = {}
 
     def decode(index: int) -> bool:
         image, errors = read_or_next(data.files, index, to_rgb)
-        count_bad(bad, errors, len(data))
+        count_bad(data, errors)
         if image.size == size:
             pixels[index] = to_tensor(image)
         return image.size == size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         same = all(pool.map(decode, range(len(data))))
-    return Data(pixels, None, data.labels, data.classes) if same else data
+    return dataclasses.replace(data, pixels=pixels, files=None) if same else data
 
 
 def image_size(file: bytes) -> tuple[int, int] | None:
@@ -454,7 +472,7 @@ def image_size(file: bytes) -> tuple[int, int] | None:
     try:
         with Image.open(os.fsdecode(file)) as image:
             return upright_size(image)
-    except UNREADABLE:
+    except Exception:  # a damaged file can raise almost anything
         return None
 
 
@@ -466,28 +484,44 @@ def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[s
         try:
             with Image.open(file) as image:
                 return read(image), errors
-        except UNREADABLE as error:
+        except Exception as error:  # a damaged file can raise almost anything
             errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
     fail(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
 
 
-def count_bad(known: dict[str, str], errors: list[tuple[str, str]], total: int) -> None:
+def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
     """Warn once about each file that cannot be decoded; more than ten that are also more than 1 % stop the run."""
     for file, error in errors:
-        if file not in known:
-            warn(f"{file} cannot be decoded and is replaced by another image ({error})")
-            known[file] = error
-    if len(known) > max(10, total / 100):
-        message = f"--data-dir: {len(known)} of {total} files cannot be decoded, the last is {file}; remove them"
+        if file not in data.bad:
+            warn(f"{file} cannot be decoded and is replaced by another image ({error})", every_rank=True)
+            data.bad[file] = error
+    if len(data.bad) > max(10, len(data) / 100):
+        message = f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them"
         fail(message, every_rank=True)
+
+
+# What makes an image upright, for each EXIF orientation but 1, which is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an opened image, 1 (upright) where there is none or it cannot be read."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns a TIFF itself, and then takes the tag away
+    try:
+        number = image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF can raise almost anything, and the image may be good
+        return 1
+    return number if isinstance(number, int) and number in _TURNS else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) once the EXIF orientation is applied."""
-    if image.format == "TIFF":
-        image.load()  # Pillow turns a TIFF itself, and then takes the tag away
-    turned = image.getexif().get(0x0112, 1) >= 5
-    return image.size[::-1] if turned else image.size
+    return image.size[::-1] if orientation(image) >= 5 else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -498,7 +532,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     gives its first frame; the EXIF orientation is applied.
     """
     image.load()
-    image = ImageOps.exif_transpose(image)
+    if (number := orientation(image)) > 1:
+        image = image.transpose(_TURNS[number])
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
@@ -623,14 +658,14 @@ def batches(
 
     if data.pixels is not None:
         for step, (_, index) in enumerate(indices, first_step):
-            images, draws = data.pixels[torch.from_numpy(index).to(device)].to(dtype) / 255, draws_of(step)
+            chosen = torch.from_numpy(index).to(device, non_blocking=True)
+            images, draws = data.pixels[chosen].to(dtype) / 255, draws_of(step)
             yield [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)], draws
         return
     keys = ([(epoch, i) for i in index.tolist()] for epoch, index in indices)
-    bad: dict[str, str] = {}
     loader = file_loader(CroppedFiles(data.files, crops, args.seed), keys, args)
     for step, (views, errors) in enumerate(loader, first_step):
-        count_bad(bad, errors, len(data))
+        count_bad(data, errors)
         yield [view.to(device, non_blocking=True).to(dtype) / 255 for view in views], draws_of(step)
 
 
@@ -650,9 +685,8 @@ def test_views(data: Data, rows: slice, args, device: torch.device, dtype: torch
     index = range(len(data))[rows]
     chunks = [index[i : i + batch] for i in range(0, len(index), batch)]
     if data.pixels is None:
-        bad: dict[str, str] = {}
         for (views,), errors in file_loader(CentredFiles(data.files, size), chunks, args):
-            count_bad(bad, errors, len(data))
+            count_bad(data, errors)
             yield normalize(views.to(device, non_blocking=True).to(dtype) / 255, args.mean, args.std)
         return
     box = torch.tensor([centre_box(*data.pixels.shape[2:], size)])
@@ -786,7 +820,8 @@ def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np
 # ----------------------------------------------------------------------------------------------- augmentation
 #
 # Batched: x is (n, 3, H, W) in [0, 1] on any device, and every parameter is a tensor with one entry per image on the
-# CPU. The functions that take `draws` choose those parameters at random; they need `Draws`.
+# CPU. It goes to the device without blocking: a copy that blocks would wait there for all work that came before.
+# The functions that take `draws` choose those parameters at random; they need `Draws`.
 
 
 def random_boxes(
@@ -818,11 +853,11 @@ def resized_crop(x: Tensor, boxes: Tensor, size: int, interpolation: str, flip: 
     """Each image's box (top, left, height, width) resized with antialiasing, as torchvision's `resized_crop` does it,
     and flipped where `flip` says. Resampling is linear and separable, hence two small matrix products per image.
     """
-    boxes = boxes.to(x.device)
+    boxes = boxes.to(x.device, non_blocking=True)
     rows = resampling_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], size, interpolation)  # n×s×H
     columns = resampling_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], size, interpolation)  # n×s×W
     if flip is not None:
-        columns = columns.flip(1).where(flip.to(x.device)[:, None, None], columns)
+        columns = columns.flip(1).where(per_image(flip, x)[..., 0] > 0, columns)
     rows, columns = rows.to(x.dtype), columns.to(x.dtype)
     x = torch.bmm(x.flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])  # n×3×H×s
     x = rows[:, None] @ x  # n×3×s×s
@@ -862,7 +897,7 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     index = shift.nonzero()[:, 0]
     if len(index) == 0:
         return x
-    index, shift = index.to(x.device), per_image(shift[index], x)
+    index, shift = index.to(x.device, non_blocking=True), per_image(shift[index], x)
     part = x[index]
     value, low = part.amax(1, keepdim=True), part.amin(1, keepdim=True)  # m×1×H×W
     chroma = value - low
@@ -870,7 +905,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     # Six sectors of the colour circle, counted from red: each is the distance from the primary that is largest.
     hue = (b - g).where(r == 0, (2 + r - b).where(g == 0, 4 + g - r)) + 6 * shift  # m×1×H×W
     # Back: a channel is low + chroma on its third of the circle, low opposite, linear in between.
-    angle = (hue + torch.tensor([0.0, 4.0, 2.0], dtype=x.dtype, device=x.device)[:, None, None]).remainder(6)
+    third = per_image(torch.tensor([0, 4, 2]), x)[:, 0]  # 3×1×1
+    angle = (hue + third).remainder(6)
     turned = low + chroma * ((angle - 3).abs() - 1).clamp(0, 1)  # m×3×H×W
     return x.index_copy(0, index, turned)
 
@@ -915,7 +951,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     index = sigma.nonzero()[:, 0]
     if len(index) == 0:
         return x
-    sigma, index = sigma[index].to(x.device), index.to(x.device)
+    sigma, index = (t.to(x.device, non_blocking=True) for t in (sigma[index], index))
     rows, columns = (blur_matrix(sigma, kernel_size, side).to(x.dtype) for side in x.shape[2:])
     part = torch.bmm(x[index].flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])
     return x.index_copy(0, index, rows[:, None] @ part)
@@ -945,7 +981,7 @@ def solarize(x: Tensor, chosen: Tensor, threshold: float = 0.5) -> Tensor:
 
 
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    mean, std = (torch.tensor(t, dtype=x.dtype, device=x.device)[:, None, None] for t in (mean, std))
+    mean, std = (per_image(torch.tensor(t, dtype=torch.float64), x)[:, 0] for t in (mean, std))  # 3×1×1
     return (x - mean) / std
 
 
@@ -1020,12 +1056,16 @@ def load_encoder(net: nn.Module, path: str) -> None:
 
 def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
     """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
-    shapes = {key: tuple(weight.shape) for key, weight in state.items()}
+
+    def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:  # old files do not count batches
+        return {key: tuple(w.shape) for key, w in state.items() if not key.endswith("num_batches_tracked")}
+
+    shapes = shapes_of(state)
     stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
     for arch in ARCHITECTURES:
         with torch.device("meta"):
             net, _ = backbone(arch, stem, zero_init=False)
-        if {key: tuple(weight.shape) for key, weight in net.state_dict().items()} == shapes:
+        if shapes_of(net.state_dict()) == shapes:
             return arch, stem
     fail(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
 
@@ -1041,8 +1081,8 @@ class LARS(torch.optim.Optimizer):
 
     In a parameter group with `adapt=False` the first two lines are left out: neither weight decay nor adaptation,
     as is usual for biases and BatchNorm: LARS([{"params": matrices}, {"params": others, "adapt": False}], lr=0.2).
-    All tensors of a group are updated by a handful of multi-tensor calls, without reading anything back from the
-    device. Stands alone.
+    All tensors of a group are updated together by multi-tensor calls, without reading anything back from the device.
+    Stands alone.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
@@ -1096,13 +1136,16 @@ def features(net: nn.Module, data: Data, args, device: torch.device, dtype: torc
     start = min(rank * share, len(data) - 1)  # a rank beyond the end repeats a row, which is cut off again below
     was_training = net.training
     net.eval()
-    rows = []
+    mine, filled = torch.empty(0), 0
     for x in test_views(data, slice(start, max(start + 1, min(start + share, len(data)))), args, device, dtype):
         with autocast:
-            rows.append(net(x).float())
+            h = net(x)  # n×d
+        if filled == 0:
+            mine = torch.zeros(share, h.shape[1], device=device)  # written in place: a list of pieces would be as large
+        mine[filled : filled + len(h)] = h
+        filled += len(h)
     net.train(was_training)
-    mine = torch.cat(rows)
-    return all_gather(F.pad(mine, (0, 0, 0, share - len(mine))))[: len(data)]
+    return all_gather(mine)[: len(data)]
 
 
 def knn_scores(
@@ -1160,6 +1203,7 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 # A run may be continued with other values of these flags; the others decide what it computes.
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
 FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard", "val_loss"}
+EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
 RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
 
 
@@ -1187,6 +1231,9 @@ class Run:
     def __init__(self, args, train: Data, test: Data | None, device: torch.device, dtype: torch.dtype, autocast):
         self.args, self.folder = args, Path(args.run_dir)
         self.train, self.test, self.device, self.dtype, self.autocast = train, test, device, dtype, autocast
+        labelled = (train.labels >= 0).nonzero()[:, 0]
+        even = torch.linspace(0, len(labelled) - 1, min(len(labelled), BANK_LIMIT)).long()
+        self.bank = train if len(even) == len(train) else train.subset(labelled[even])  # of the online kNN
         self.steps_per_epoch = len(train) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
         self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
@@ -1204,14 +1251,17 @@ class Run:
 
     def _on_signal(self, number: int, _) -> None:
         self.signal = number
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _open_folder(self) -> None:
         args, train, world = self.args, self.train, rank_and_world()[1]
         mine = json.loads(json.dumps(dataclasses.asdict(args)))
         try:
             if args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-                for name in ("results.jsonl", *reversed(RUN_FILES)):  # the first is evaluate.py's; the flags go last
-                    (self.folder / name).unlink(missing_ok=True)
+                for name in (*EVALUATION_FILES, *reversed(RUN_FILES)):  # the flags go last
+                    for file in self.folder.glob(name):
+                        file.unlink()
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "args.json"
             if file.exists():
@@ -1225,12 +1275,6 @@ class Run:
             atomic_write(file, json.dumps(mine, indent=1).encode())
         except (OSError, ValueError) as error:
             fail(f"--run-dir {self.folder} cannot be used: {error}")
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                fail("--tensorboard needs the tensorboard package: pip install tensorboard")
-            self.board = SummaryWriter(str(self.folder))
         if args.warmup_epochs >= args.epochs:
             warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
         kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
@@ -1249,13 +1293,21 @@ class Run:
     def resume(self, state: dict[str, Any]) -> None:
         """Load the folder's checkpoint, if there is one, into the objects of `state`; the loop goes on after it."""
         saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
-        if saved is None:
-            return
-        for name, thing in state.items():
-            if saved[name]:  # a scaler that was not in use has no state
-                thing.load_state_dict(saved[name])
-        self.first_step = saved["step"]
-        self.clock = (time.perf_counter(), self.first_step)
+        if saved is not None:
+            for name, thing in state.items():
+                if saved[name]:  # a scaler that was not in use has no state
+                    thing.load_state_dict(saved[name])
+            self.first_step = saved["step"]
+            self.clock = (time.perf_counter(), self.first_step)
+        if self.args.tensorboard:
+            on_rank_0(self._open_board)
+
+    def _open_board(self) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("--tensorboard needs the tensorboard package: pip install tensorboard")
+        self.board = SummaryWriter(str(self.folder), purge_step=self.first_step + 1)
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         files = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
@@ -1266,9 +1318,9 @@ class Run:
             except Exception as error:  # a damaged file can raise almost anything
                 warn(f"{file} cannot be read ({type(error).__name__})")
                 continue
-            if saved["images"] != len(self.train):
+            if saved["images"] != self.train.found:
                 fail(
-                    f"{self.folder} is of {saved['images']} images and --data-dir now holds {len(self.train)}; "
+                    f"{self.folder} is of {saved['images']} images and --data-dir now holds {self.train.found}; "
                     "take another --run-dir, or --overwrite it"
                 )
             self._rewind_metrics(saved["step"])
@@ -1329,7 +1381,8 @@ class Run:
             signs["std"] = (
                 f"the normalised embeddings have std {std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
             )
-        if effective_rank < min(5, z.shape[1] / 8):  # healthy runs of all seven methods stay above 20
+        # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
+        if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
             signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
         if scale < 1e-3:
             signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
@@ -1345,11 +1398,9 @@ class Run:
             return
         self._check_finite()
         with self.uncounted():
-            bank = (self.train.labels >= 0).nonzero()[:, 0]
-            bank = self.train.subset(bank[torch.linspace(0, len(bank) - 1, min(len(bank), BANK_LIMIT)).long()])
             how = (self.args, self.device, self.dtype, self.autocast)
-            train_x, test_x = features(net, bank, *how), features(net, self.test, *how)
-            train_y, test_y = bank.labels.to(self.device), self.test.labels.to(self.device)
+            train_x, test_x = features(net, self.bank, *how), features(net, self.test, *how)
+            train_y, test_y = self.bank.labels.to(self.device), self.test.labels.to(self.device)
             knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=20)
             self.write({"step": step, "knn_top1": knn_top1})
             if rank_and_world()[0] == 0:
@@ -1383,7 +1434,7 @@ class Run:
         encoder = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
         heads = {name: w for name, w in weights.items() if not name.startswith("backbone.")}
         checkpoint = {name: thing.state_dict() for name, thing in state.items()}
-        checkpoint |= {"step": step, "images": len(self.train)}
+        checkpoint |= {"step": step, "images": self.train.found}
         try:
             # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
             atomic_save(self.folder / "encoder.pt", encoder)

@@ -76,6 +76,7 @@ from common import (
     rank_and_world,
     read_weights,
     start_processes,
+    stop,
     sync_batchnorm,
     warn,
 )
@@ -236,7 +237,10 @@ def choose(
         top1, loss = score(train(rest, grid), held_out)  # one per head
         best = int((top1 - 1e-6 * loss.nan_to_num(1e6)).argmax())  # of few images many do equally well
         chosen, grid = {"held_out_top1": top1[best].item()}, [grid[best]]
-    return train(everything, grid), {"lr": grid[0][0], "weight_decay": grid[0][1], **chosen}
+    weight, bias = train(everything, grid)
+    if not weight.isfinite().all():
+        stop(f"the linear classifier diverged at --lr {grid[0][0]:g}; lower it")
+    return (weight, bias), {"lr": grid[0][0], "weight_decay": grid[0][1], **chosen}
 
 
 def train_heads(stream: Stream, steps: int, classes: int, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
@@ -300,6 +304,8 @@ def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, ho
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
+    if not loss.isfinite():
+        stop(f"the loss is {loss.item()}: training diverged; lower --lr-backbone and --lr-head")
     if rank_and_world()[0] == 0:
         weights = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}
         atomic_save(Path(args.output, "finetuned.pt"), {name: value.cpu() for name, value in weights.items()})
@@ -510,7 +516,7 @@ def main(args: Args) -> dict[str, Any]:
     how = (device, dtype, autocast)
     train, test = load_data(args, device)
     if test is None and args.protocol != "diagnose":
-        fail(f"--data-dir {args.data_dir} has no labelled val/ or test/ folder to test on")
+        fail(f"--data-dir {args.data_dir} needs two or more class folders, the same in val/ or test/, to test on")
     if test is None:
         test, chosen = train, torch.arange(len(train))  # which needs no labels
     else:
@@ -550,9 +556,9 @@ def main(args: Args) -> dict[str, Any]:
             numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, how))
             record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
     record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
-    on_rank_0(lambda: save_result(record, args, chosen))
     if rank_and_world()[0] == 0:
         print(json.dumps(record), flush=True)
+    on_rank_0(lambda: save_result(record, args, chosen))
     if dist.is_initialized():
         dist.destroy_process_group()
     return record

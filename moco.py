@@ -266,7 +266,7 @@ def encode_keys(key_network: nn.Module, x: Tensor, draws: Draws) -> Tensor:
     All images change places, each rank takes the keys of its slice, and the keys change back. The permutation is drawn
     like an augmentation, for the global batch, so the same images meet in a BatchNorm group on any number of ranks.
     """
-    order = torch.from_numpy(draws.generator.permutation(draws.total)).to(x.device)  # N
+    order = torch.from_numpy(draws.generator.permutation(draws.total)).to(x.device, non_blocking=True)  # N
     shuffled = all_gather(x)[order[my_rows(draws.total)]]  # n×3×s×s
     k = key_network(shuffled).to(x.dtype)  # n×d
     return all_gather(k)[order.argsort()]  # N×d

@@ -77,12 +77,23 @@ def test_a_missing_or_empty_folder_is_answered_in_one_line(tmp_path, capsys, mak
     assert end.value.code == 2 and "--data-dir" in said and said.count("\n") == 1
 
 
-def test_a_class_only_in_the_test_split_is_named(tmp_path, capsys):
-    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/emu/d.png"):
+def test_a_split_with_a_class_of_its_own_is_named_and_left_out(tmp_path, capsys):
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/emu/d.png", "test/dog/e.png"):
         write(tmp_path / name)
-    with pytest.raises(SystemExit):
-        load(tmp_path)
-    assert "'emu'" in capsys.readouterr().err
+    train, test = load(tmp_path)
+    said = capsys.readouterr().err
+    assert "'emu'" in said and said.count("\n") == 1
+    assert train.labels.tolist() == [0, 1] and test.labels.tolist() == [1]
+
+
+def test_a_link_back_to_a_folder_above_is_not_followed_and_other_links_are(tmp_path):
+    for name in ("root/train/cat/a.png", "root/train/dog/b.png", "elsewhere/c.png"):
+        write(tmp_path / name)
+    (tmp_path / "root" / "train" / "latest").symlink_to(".")
+    (tmp_path / "root" / "train" / "dog" / "up").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "train" / "emu").symlink_to(tmp_path / "elsewhere")
+    train, _ = load(tmp_path / "root")
+    assert train.classes == ["cat", "dog", "emu"] and train.labels.tolist() == [0, 1, 2]
 
 
 def test_equal_sizes_are_kept_in_memory_and_mixed_ones_are_not(tmp_path):
@@ -173,6 +184,29 @@ def test_every_mode_becomes_rgb_by_the_stated_rule(tmp_path):
     assert rgb(tmp_path / "one.png").shape == (1, 1, 3)
 
 
+ORIENTATIONS = {
+    "nine": b"\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
+    "text": b"\x12\x01\x02\0\x04\0\0\0six\0",
+    "bytes": b"\x12\x01\x07\0\x02\0\0\0\x06\0\0\0",
+    "two numbers": b"\x12\x01\x03\0\x02\0\0\0\x09\0\x09\0",
+    "a fraction beyond the end": b"\x12\x01\x05\0\x01\0\0\0\xff\xff\xff\xff",
+}
+DAMAGED = {name: b"II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0" for name, entry in ORIENTATIONS.items()}
+DAMAGED |= {"nothing": b"", "no header": b"six", "no directory": b"II*\0\xff\xff\xff\xff", "noise": bytes(range(40))}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("exif", DAMAGED)
+def test_an_image_with_damaged_exif_is_upright(tmp_path, exif):
+    write(tmp_path / "a.png", (40, 24))
+    Image.open(tmp_path / "a.png").save(tmp_path / "b.jpg", exif=b"Exif\0\0" + DAMAGED[exif])
+    with Image.open(tmp_path / "b.jpg") as image:
+        plain = np.asarray(image)
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert common.upright_size(image) == (40, 24)
+        assert np.array_equal(common.to_rgb(image), plain)
+
+
 def spoil(folder: Path, count: int) -> list[str]:
     """Files that look like images and are none: text, empty, cut off, noise."""
     write(folder / "whole.jpg")
@@ -195,6 +229,8 @@ def test_a_file_that_cannot_be_decoded_is_named_once_and_replaced(tmp_path, caps
     said = capsys.readouterr().err
     assert len(views) == 12 and all(view.isfinite().all() for crops, _ in views for view in crops)
     assert all(said.count(name) == 1 for name in bad) and said.count("\n") == 4
+    list(common.test_views(train, slice(None), Options(), CPU, FLOAT))
+    assert capsys.readouterr().err == "", "they are known by now"
 
 
 def test_more_than_ten_bad_files_stop_the_run(tmp_path, capsys):

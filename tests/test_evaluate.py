@@ -210,6 +210,12 @@ def test_published_files_give_the_right_encoder_and_name_what_is_left_out(source
     assert told.endswith(f"left out {left_out[source]}\n") if source in left_out else told == ""
 
 
+def test_old_files_that_do_not_count_batches_are_known(trunk, tmp_path):
+    torch.save({name: w for name, w in trunk.items() if "num_batches" not in name}, tmp_path / "weights.pt")
+    where = {"dataset": "folder", "data_dir": small_folder(), "image_size": 16, "output": str(tmp_path)}
+    assert evaluate.main(Args(str(tmp_path / "weights.pt"), k=5, **where))["arch"] == "resnet18"
+
+
 class Code:
     def __reduce__(self):
         return os.system, ("touch " + str(ROOT / "owned"),)
@@ -320,6 +326,17 @@ def test_finetuning_moves_the_backbone_and_learns_what_the_frozen_features_do_no
     none = judge(trained, "finetune", str(tmp_path), lr_backbone=0.0, lr_head=0.0, epochs=1)
     tuned = judge(trained, "finetune", str(tmp_path), epochs=30, lr_backbone=0.1)
     assert none["top1"] < 0.5 < 0.9 < tuned["top1"]
+
+
+@pytest.mark.parametrize(
+    "protocol, flags", [("linear", {"lr": 1e38}), ("linear augmented", {"lr": 1e38}), ("finetune", {"lr_head": 1e38})]
+)
+def test_training_that_diverges_has_no_accuracy(protocol, flags, trained, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        judge(trained, protocol, str(tmp_path), **flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 1 and "diverged" in said and "--lr" in said
+    assert not (tmp_path / "results.jsonl").exists() and not (tmp_path / "finetuned.pt").exists()
 
 
 def test_random_weights_are_judged_to_compare_with(trained, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods import command, metrics, module, small_folder, tiny
+from methods import command, metrics, module, run, small_folder, tiny
 
 # ------------------------------------------------------------------------------------- killed at any moment
 
@@ -118,9 +118,7 @@ def test_torchrun_restarts_the_run_where_it_was(tmp_path):
 def test_restarts_without_stores_of_their_own_are_warned_of(tmp_path):
     line = command("vicreg", tmp_path / "run", processes=2, max_steps=1)
     line.insert(line.index("--standalone"), "--max-restarts=1")
-    ended = subprocess.run(
-        line, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
+    ended = run(line)
     assert ended.returncode == 0 and ended.stderr.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1, ended.stderr
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,12 @@ def test_a_moved_folder_of_images_continues_the_run_and_a_grown_one_is_refused(t
         vicreg.main(tiny("vicreg", tmp_path / "run", max_steps=4, data_dir=str(images)))
     said = capsys.readouterr().err
     assert end.value.code == 2 and "64 images" in said and "65" in said and said.count("\n") == 1
+    few = {"train_limit": 32, "data_dir": str(images)}  # chosen among all, so among others than before
+    vicreg.main(tiny("vicreg", tmp_path / "few", max_steps=1, **few))
+    shutil.copy(file, file.with_name("another.png"))
+    with pytest.raises(SystemExit):
+        vicreg.main(tiny("vicreg", tmp_path / "few", max_steps=2, **few))
+    assert "65 images" in capsys.readouterr().err
 
 
 def test_a_restart_by_torchrun_does_not_overwrite_again(tmp_path, capsys, monkeypatch):
@@ -203,7 +210,7 @@ def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsy
     assert "warning: collapse at step" in said and "only rises" in said
 
 
-@pytest.mark.parametrize("sign", ["std", "rank", "scale", None])
+@pytest.mark.parametrize("sign", ["std", "rank", "scale", None, "few"])
 def test_each_sign_of_collapse_is_warned_of_once(sign, tmp_path, capsys):
     args, device = tiny("vicreg", tmp_path), torch.device("cpu")
     train, test = common.load_data(args, device)
@@ -214,7 +221,9 @@ def test_each_sign_of_collapse_is_warned_of_once(sign, tmp_path, capsys):
         "rank": healthy[:, :2] @ healthy[:2],  # a plane
         "scale": 1e-4 * healthy,  # near the origin
         None: healthy,
+        "few": healthy[:4],  # whose rank cannot be more than four
     }[sign]
+    sign = None if sign == "few" else sign
     for step in (1, 2):
         run.log(step, torch.tensor(1.0), {}, 0.1, z)
     run.close()
@@ -241,6 +250,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     with pytest.raises(SystemExit):
         vicreg.main(tiny("vicreg", tmp_path))
     assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
+    args, device = tiny("vicreg", tmp_path), torch.device("cpu")
+    run = common.Run(args, *common.load_data(args, device), device, torch.float32, torch.autocast("cpu", enabled=False))
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # where Python looks for signals
+    run.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
