@@ -701,7 +701,7 @@ def fit_batch_size(args, images: int):
     """`--batch-size 0` becomes 128, or the largest power of two that the images allow; an impossible one is refused."""
     size, world = args.batch_size or min(128, 2 ** int(math.log2(images))), rank_and_world()[1]
     if size > images:
-        fail(f"--batch-size {size} is larger than the {images} training images")
+        fail(f"--batch-size {size} is larger than the {images} training images; use {2 ** int(math.log2(images))}")
     if size % world:
         fail(f"--batch-size {size} is not divisible by the {world} processes; it is the global batch size")
     if size < 2 * world:
