@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from methods import METHODS, module
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from common import Crop
@@ -321,3 +323,33 @@ def test_test_views_are_central_and_normalised(data):
     assert views.shape == (6, 3, 16, 16) and views.min() < -1 and views.max() > 1
     assert common.centre_box(16, 16, 16) == [0, 0, 16, 16], "images of the right size are taken whole"
     assert common.centre_box(256, 320, 224) == [16, 48, 224, 224]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: blocking copies to it, and values read from it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name, onto = operator.overloadpacket.__name__, torch.device(kwargs.get("device") or "cpu")
+        if name == "_to_copy" and onto.type == "meta" and args[0].device.type == "cpu":
+            self.count += not kwargs.get("non_blocking")
+        if name in ("_local_scalar_dense", "nonzero") and args[0].device.type == "meta":
+            self.count += 1
+        return operator(*args, **kwargs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_making_views_never_waits_for_the_device(method):
+    """On torch's meta device, which computes shapes only and stands for a GPU here."""
+    script, meta = module(method), torch.device("meta")
+    args = script.Args(batch_size=16, blur=True)
+    data = common.patterns("train", 16)
+    data.pixels = data.pixels.to(meta)
+    shares = {"blur": 0.5, "solarization": 0.5} if method in ("vicreg", "barlow", "byol") else {}
+    with Waits() as waits:
+        for views, draws in common.batches(data, script.crops(args), args, 0, 2, meta, FLOAT):
+            for x, draws_of_x in zip(views, draws, strict=True):
+                assert script.augment(x, draws_of_x, args, **shares).shape == x.shape
+    assert waits.count == 0
