@@ -146,10 +146,10 @@ def start_processes() -> torch.device:
         restarts, own_store = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         if restarts and os.environ.get(own_store) != "1" and os.environ["RANK"] == "0":
             warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
-        sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        own_gpu = cuda and sharing <= torch.cuda.device_count()
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        own_gpu = cuda and processes <= gpus
         if cuda and not own_gpu and os.environ["RANK"] == "0":
-            warn(f"{sharing} processes see {torch.cuda.device_count()} GPU: they talk through gloo, which is slower")
+            warn(f"{processes} processes see {gpus} GPU, so through gloo, which is slow; let each see all GPUs")
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return device
 
