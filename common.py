@@ -149,7 +149,7 @@ def start_processes() -> torch.device:
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         own_gpu = cuda and processes <= gpus
         if cuda and not own_gpu and os.environ["RANK"] == "0":
-            warn(f"{processes} processes see {gpus} GPU, so through gloo, which is slow; let each see all GPUs")
+            warn(f"{processes} processes share {gpus} GPU and so use gloo, which is slow; let each see all GPUs")
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return device
 
