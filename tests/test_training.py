@@ -156,8 +156,12 @@ def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
             vicreg.main(tiny("vicreg", tmp_path, **flags))
         said = capsys.readouterr().err
         assert end.value.code == 2 and named in said and said.count("\n") == 1
+    of_the_old_run, foreign = ("finetuned.pt", "results.jsonl", "labels-images-0.1-seed0.json"), tmp_path / "notes.txt"
+    for file in (*(tmp_path / name for name in of_the_old_run), foreign):
+        file.write_text("")
     vicreg.main(tiny("vicreg", tmp_path, max_steps=2, base_lr=9.0, overwrite=True))
     assert "continuing" not in capsys.readouterr().out
+    assert foreign.exists() and not any((tmp_path / name).exists() for name in of_the_old_run)
     vicreg.main(tiny("vicreg", tmp_path, epochs=4, base_lr=9.0, max_steps=3))
     assert "continuing after step 2 of 3" in capsys.readouterr().out
 
