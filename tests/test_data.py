@@ -1,5 +1,6 @@
 """Folders of every shape, files of every kind, and the order and sameness of batches."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from methods import METHODS, module
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -186,6 +187,18 @@ def test_every_mode_becomes_rgb_by_the_stated_rule(tmp_path):
     assert rgb(tmp_path / "one.png").shape == (1, 1, 3)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
+    write(tmp_path / "a.png", (40, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(tmp_path / "a.png").save(tmp_path / "b.png", exif=exif)
+    with Image.open(tmp_path / "b.png") as image:
+        want = np.asarray(ImageOps.exif_transpose(image))
+        assert common.upright_size(image) == want.shape[1::-1]
+        assert np.array_equal(common.to_rgb(image), want)
+
+
 ORIENTATIONS = {
     "nine": b"\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
     "text": b"\x12\x01\x02\0\x04\0\0\0six\0",
@@ -353,3 +366,11 @@ def test_making_views_never_waits_for_the_device(method):
             for x, draws_of_x in zip(views, draws, strict=True):
                 assert script.augment(x, draws_of_x, args, **shares).shape == x.shape
     assert waits.count == 0
+
+
+def test_features_are_those_of_each_image_in_its_place():
+    """More images than two batches of the test views, and a network that was in training mode."""
+    data, net = common.patterns("test", 700), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    got = common.features(net, data, Options(image_size=32), CPU, FLOAT, contextlib.nullcontext())
+    close(got, net(data.pixels / 255))
+    assert net.training
