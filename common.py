@@ -698,8 +698,12 @@ def test_views(data: Data, rows: slice, args, device: torch.device, dtype: torch
 
 
 def fit_batch_size(args, images: int):
-    """`--batch-size 0` becomes 128, or the largest power of two that the images allow; an impossible one is refused."""
-    size, world = args.batch_size or min(128, 2 ** int(math.log2(images))), rank_and_world()[1]
+    """The default `--batch-size` shrinks to the largest power of two that the images allow; any other is refused if it
+    cannot be taken.
+    """
+    size, world = args.batch_size, rank_and_world()[1]
+    if size == type(args).batch_size:
+        size = min(size, 2 ** int(math.log2(images)))
     if size > images:
         fail(f"--batch-size {size} is larger than the {images} training images; use {2 ** int(math.log2(images))}")
     if size % world:
@@ -1276,7 +1280,10 @@ class Run:
         except (OSError, ValueError) as error:
             fail(f"--run-dir {self.folder} cannot be used: {error}")
         if args.warmup_epochs >= args.epochs:
-            warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
+            warn(
+                f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises; "
+                "take a shorter warm-up"
+            )
         kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
         scored = (
             f"{len(self.test)} test images of {len(train.classes)} classes" if self.test else "no labelled test split"

@@ -82,7 +82,7 @@ class Args:
     std: tuple[float, float, float] = (0.228, 0.224, 0.225)  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    batch_size: int = 128  # images per step over all processes; the default shrinks to fit a smaller dataset
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all

@@ -84,14 +84,14 @@ class Args:
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
     stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 0  # images per step over all processes; 0: 128, or what a smaller dataset allows
+    batch_size: int = 256  # images per step over all processes; the default shrinks to fit a smaller dataset
     epochs: int = 15  # passes over the training images
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 2.5  # learning rate at batch size 256, scaled linearly with it
     optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
-    warmup_epochs: float = 4  # linear warm-up of the learning rate from 0
+    warmup_epochs: float = 7  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network

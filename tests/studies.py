@@ -23,11 +23,10 @@ ONLY_CROPS = "--no-color-jitter --no-grayscale --no-solarize"
 
 # {study: {label: command}}; a command in two studies is run once.
 STUDIES = {
-    "batch": {f"batch {n}": f"vicreg.py {SHORT} --batch-size {n}" for n in (64, 128, 256)},
+    "batch": {f"batch {n}": f"vicreg.py {SHORT} --batch-size {n}" for n in (128, 256, 512)},
     "collapse": {
         "VICReg": "vicreg.py",
         "without variance": "vicreg.py --std-coeff 0",
-        "the same, shorter warm-up": "vicreg.py --std-coeff 0 --warmup-epochs 2 --max-steps 195",
     },
     "transfer": {
         "from scratch": f"vicreg.py {SHORT} --data-dir CIFAR --train-limit 5000",

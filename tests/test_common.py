@@ -84,6 +84,18 @@ def test_help_is_the_comment_behind_the_field(capsys):
     assert "--batch-size" in said and "100 % of them [8]" in said and "--flip, --no-flip" in said
 
 
+def test_the_default_batch_size_shrinks_with_the_dataset_and_a_chosen_one_is_refused(capsys):
+    def fitted(images: int, **flags) -> int:
+        return common.fit_batch_size(Flags(**flags), images).batch_size
+
+    assert [fitted(images) for images in (3, 7, 8, 9, 5000)] == [2, 4, 8, 8, 8]
+    assert fitted(8, batch_size=7) == 7
+    for images, flags, named in [(6, {"batch_size": 7}, "6 training images; use 4"), (1, {}, "fewer than two")]:
+        with pytest.raises(SystemExit):
+            fitted(images, **flags)
+        assert named in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------- LARS
 
 

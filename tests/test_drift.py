@@ -20,7 +20,7 @@ REGION = re.compile(r"^ *# --- shared: (\w+) ---\n(.*?)^ *# --- end shared: \1 -
 
 # Shared flags whose default is another than SimCLR's, and why.
 OTHER_DEFAULTS = {
-    "vicreg": {"mean", "std", "base_lr"},
+    "vicreg": {"mean", "std", "batch_size", "base_lr", "warmup_epochs"},
     "barlow": {"mean", "std", "base_lr", "warmup_epochs"},
     "byol": {"mean", "std", "batch_size", "epochs", "base_lr", "warmup_epochs"},
     "simsiam": {"mean", "std", "batch_size", "epochs", "base_lr", "warmup_epochs", "optimizer", "weight_decay"},
