@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,6 +213,24 @@ def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsy
     module("vicreg").main(tiny("vicreg", tmp_path / "sick", **flags))
     said = capsys.readouterr().err
     assert "warning: collapse at step" in said and "only rises" in said
+
+
+def test_images_per_second_and_time_left_do_not_count_evaluation(tmp_path, monkeypatch, capsys):
+    now = [100.0]  # seconds
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    args, device = tiny("vicreg", tmp_path, log_every=2), torch.device("cpu")
+    run = common.Run(args, *common.load_data(args, device), device, torch.float32, torch.autocast("cpu", enabled=False))
+    z = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    for step in range(1, 5):
+        now[0] += 5  # seconds per step, of 16 images
+        run.log(step, torch.tensor(1.0), {}, 0.1, z)
+        with run.uncounted():
+            now[0] += 1000
+    run.close()
+    assert [line["images_per_s"] for line in metrics(tmp_path)] == [pytest.approx(16 / 5)] * 2
+    first, second = (line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch"))
+    assert "step 2/12" in first and first.endswith("3 images/s  0:50 left")
+    assert "epoch 1.0/3" in second and second.endswith("3 images/s  0:40 left")
 
 
 @pytest.mark.parametrize("sign", ["std", "rank", "scale", None, "few"])
