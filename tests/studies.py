@@ -125,7 +125,7 @@ def draw_covariance(folders: dict[str, Path]) -> None:
     for axis, (label, folder) in zip(axes, folders.items(), strict=True):
         for split, name in (("train", "training images"), ("val", "held-out images")):
             axis.plot(*curve(folder, f"{split}_covariance"), "o-", label=name)
-        axis.set(title=label, xlabel="step", ylim=(0, None))
+        axis.set(title=label, xlabel="step", yscale="log")
     axes[0].set_ylabel("covariance term")
     axes[0].legend(fontsize=8)
     figure.savefig(ROOT / "docs" / "covariance.png", dpi=130)
