@@ -1,8 +1,16 @@
-"""Plumbing that no reader of a paper would look for, shared by the seven method files.
+"""What no reader of a paper would look for, shared by the method files. No loss, head, queue or training loop is here.
 
-Command line, processes, per-image randomness, data, batched augmentation primitives, backbones, LARS, the
-learning-rate schedule, the run folder and the online kNN. No method lives here: every loss, head, queue, moving
-average and training loop is in its own file.
+In the order in which a method's `main` meets it:
+
+    command line    Flags, parse_args, refuse, abort, warn
+    the run         Run, and its three parts: RunFolder (kept), Log (said), Judge (what features are worth)
+    processes       start_processes, all_gather, my_rows, SyncBatchNorm, distribute, full_precision
+    images          Data, load_data: folders, torchvision's datasets, files decoded by workers, ten procedural textures
+    networks        backbone, read_weights
+    optimizer       LARS, cosine_schedule
+    batches         Draws, Crop, View, Batch, batches: who sees which images, with which random numbers
+    augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
+    neighbours      knn_scores, embedding_health
 
 Copy what you need: a piece needs nothing from this file but the functions that it calls.
 """
@@ -20,8 +28,9 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +39,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,14 +47,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- command line
 
 
-def fail(message: str, every_rank: bool = False) -> typing.NoReturn:
+def refuse(message: str, every_rank: bool = False) -> typing.NoReturn:
     """Answer a wrong use: one line per machine (or from the rank that alone saw it), exit code 2."""
     if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def stop(message: str) -> typing.NoReturn:
+def abort(message: str) -> typing.NoReturn:
     """End the run on a fault: one line per machine, exit code 1."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -58,27 +67,66 @@ def warn(message: str, every_rank: bool = False) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+@dataclass
+class Flags:
+    """The flags of every method. A method's `Args` shows the defaults that differ and adds its own flags."""
+
+    recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
+    dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
+    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
+    image_size: int = 32  # side of the views in pixels
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
+    std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
+    arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
+    stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
+    batch_size: int = 128  # images per step over all processes; the default shrinks to fit a smaller dataset
+    epochs: int = 15  # passes over the training images
+    max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
+    train_limit: int = 0  # train on so many images, chosen at random; 0: all
+    base_lr: float = 1.0  # learning rate at batch size 256, scaled linearly with it
+    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
+    weight_decay: float = 1e-6  # on which parameters: see `groups` in main
+    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
+    seed: int = 0  # of the initial weights, the order and every augmentation
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
+    compile: bool = False  # torch.compile the network
+    workers: int = 2  # per process, for images that do not fit in memory
+    log_every: int = 10  # steps
+    eval_every: int = 5  # epochs between online kNN evaluations
+    save_every: int = 5  # epochs between checkpoints
+    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
+    overwrite: bool = False  # delete the run of that folder instead of continuing it
+    init: str = ""  # start from this encoder.pt or run folder
+    tensorboard: bool = False  # also write TensorBoard events
+    crop_min_scale: float = 0.2  # smallest share of the area that a (large) crop keeps
+    flip: bool = True  # horizontal flip
+    color_jitter: bool = True  # brightness, contrast, saturation, hue
+    grayscale: bool = True  # drop the colour
+    blur: bool = False  # Gaussian blur; part of the papers' views, for large images
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        fail(f"{message} (see --help)")
+        refuse(f"{message} (see --help)")
 
 
 def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = None, argv: list[str] | None = None):
     """Fill the dataclass `args_class` from the command line.
 
     Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple
-    takes as many values as its default. The help text is the comment behind the field. `recipes` maps the value of
-    `--recipe` to overrides of the defaults; a flag given by hand beats the recipe. `--data-dir` without `--dataset`
-    means `--dataset folder`. A field without a default is positional. A wrong flag or value ends the program in one
-    line with exit code 2.
+    takes as many values as its default. The help text is the comment behind the field, in the class or in the one it
+    extends. `recipes` maps the value of `--recipe` to overrides of the defaults; a flag given by hand beats the
+    recipe. `--data-dir` without `--dataset` means `--dataset folder`. A field without a default is positional. A wrong
+    flag or value ends the program in one line with exit code 2.
     """
-    source = inspect.getsource(args_class)
-    comments = dict(re.findall(r"^    (\w+): .*?#\s*(.*)$", source, re.M))
+    comments = {}
+    for cls in reversed(args_class.__mro__[:-1]):
+        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
     doc = sys.modules[args_class.__module__].__doc__ or ""
     parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types = typing.get_type_hints(args_class)
     for field in dataclasses.fields(args_class):
-        kind, flag = types[field.name], "--" + field.name.replace("_", "-")
+        kind, flag = types[field.name], flag_of(field.name)
         text = comments.get(field.name, "").replace("%", "%%")
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, type=kind, help=text)
@@ -101,35 +149,489 @@ def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = Non
     return args_class(**{**recipe, **given})
 
 
-def check_args(args) -> None:
+def flag_of(name: str) -> str:
+    """batch_size -> --batch-size"""
+    return "--" + name.replace("_", "-")
+
+
+def check_least(args, least: float, *names: str) -> None:
+    """Refuse a flag of these that is under `least`, or not a number."""
+    for name in names:
+        if not getattr(args, name) >= least:
+            rule = "must not be negative" if least == 0 else f"must be at least {least}"
+            refuse(f"{flag_of(name)} {rule}, not {getattr(args, name)}")
+
+
+def check_positive(args, *names: str) -> None:
+    """Refuse a flag of these that is not positive."""
+    for name in names:
+        if not getattr(args, name) > 0:
+            refuse(f"{flag_of(name)} must be positive, not {getattr(args, name)}")
+
+
+def check_flags(args: Flags) -> None:
     """Refuse impossible values of the flags that all methods share."""
-    for name in ("epochs", "image_size", "log_every", "eval_every", "save_every"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in (
-        "batch_size",
-        "max_steps",
-        "train_limit",
-        "workers",
-        "seed",
-        "warmup_epochs",
-        "base_lr",
-        "weight_decay",
-    ):
-        if not getattr(args, name) >= 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    check_least(args, 1, "epochs", "image_size", "log_every", "eval_every", "save_every")
+    check_least(args, 0, "batch_size", "max_steps", "train_limit", "workers", "seed")
+    check_least(args, 0, "warmup_epochs", "base_lr", "weight_decay")
     if args.dataset == "patterns" and args.data_dir:
-        fail("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
-    if args.dataset == "folder" and not args.data_dir:
-        fail("--dataset folder needs --data-dir")
-    if not 0 <= args.crop_min_scale <= 1:
-        fail(f"--crop-min-scale is a share of the area, from 0 to 1, not {args.crop_min_scale}")
-    check_precision(args)
+        refuse("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
+    check_shared(args)
     if min(args.std) <= 0:
-        fail("--std must be positive")
+        refuse("--std must be positive")
 
 
-# ------------------------------------------------------------------------------------------------- processes
+def check_shared(args) -> None:
+    """Refuse impossible values of flags that evaluate.py has, too."""
+    if args.dataset == "folder" and not args.data_dir:
+        refuse("--dataset folder needs --data-dir")
+    if not 0 <= args.crop_min_scale <= 1:
+        refuse(f"--crop-min-scale is a share of the area, from 0 to 1, not {args.crop_min_scale}")
+    if args.precision == "fp16" and not torch.cuda.is_available():
+        refuse("--precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
+
+
+# --------------------------------------------------------------------------------------------------- the run
+
+# A run may be continued with other values of these flags; the others decide what it computes.
+FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
+FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard"}
+EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
+RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
+BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
+
+
+class Run:
+    """The corridor through a training script: it knows on what a method trains, how far it has come, and what it keeps.
+
+    Steps count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
+    """
+
+    def __init__(self, method: str, args: Flags, recipes: dict[str, dict[str, Any]]):
+        """Check the flags, join the other processes, load the images, seed torch. Nothing is written yet."""
+        check_flags(args)
+        run_dir = args.run_dir or default_run_dir(method, args, recipes)
+        self.compute, self.scaler = compute_in(args.precision, start_processes())
+        self.device, self.dtype, self.autocast = self.compute
+        self.train, self.test = load_data(args.dataset, args.data_dir, args.train_limit, self.device)
+        batch_size = fit_batch_size(args, len(self.train))
+        self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size)
+        torch.manual_seed(args.seed)
+
+        self.steps_per_epoch = len(self.train) // batch_size
+        self.total_steps = args.epochs * self.steps_per_epoch  # of the schedule
+        self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
+        self.first_step, self.last_step = 0, min(self.total_steps, args.max_steps or self.total_steps)
+        self.folder = RunFolder(args, self.train.found)
+        self.log = Log(args, self.steps_per_epoch, self.last_step)
+        self.judge = Judge(args.image_size, args.mean, args.std, self.compute, args.workers)
+        labelled = (self.train.labels >= 0).nonzero()[:, 0]
+        even = torch.linspace(0, len(labelled) - 1, min(len(labelled), BANK_LIMIT)).long()
+        self.bank = self.train if len(even) == len(self.train) else self.train.subset(labelled[even])
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device, its backbone loaded from `--init`, every BatchNorm over the images of all ranks."""
+        if self.args.init:
+            load_encoder(model.backbone, self.args.init)
+        return sync_batchnorm(model.to(self.device, self.dtype, memory_format=torch.channels_last), self.device)
+
+    def start(self, encoder: nn.Module | None = None, **state: Any) -> None:
+        """Open the run folder; go on from its checkpoint, if there is one; judge a network that is not yet trained.
+
+        `state` names all that a run has to remember: objects with `state_dict` and `load_state_dict`, among them
+        `model`. `encoder` is what is judged and kept in encoder.pt, `model.backbone` if nothing else is named.
+        """
+        self.state = {**state, "scaler": self.scaler}
+        self.encoder = encoder or state["model"].backbone
+        self.folder.open()
+        self._say_what_is_trained()
+        saved = self.folder.restore(self.state)
+        if saved:
+            self.first_step = saved["step"]
+            say(f"continuing after step {self.first_step} of {self.last_step}")
+            if self.first_step >= self.last_step:
+                say("this run is finished: --run-dir and more --epochs continue it, --overwrite starts it anew")
+        self.log.open(self.first_step, saved["log_bytes"] if saved else 0)
+        if self.args.compile:
+            for thing in state.values():
+                if isinstance(thing, nn.Module):
+                    thing.compile()
+        if self.first_step == 0:
+            self._evaluate(0)
+
+    def _say_what_is_trained(self) -> None:
+        args, train, test = self.args, self.train, self.test
+        if args.warmup_epochs >= args.epochs:
+            flags = f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}"
+            warn(f"{flags}: the learning rate only rises; take a shorter warm-up")
+        kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
+        scored = f"{len(test)} test images of {len(train.classes)} classes" if test else "no labelled test split"
+        say(f"{self.folder.path}: {len(train)} training images {kept}, {scored}")
+        world, cuda = rank_and_world()[1], self.device.type == "cuda"
+        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+        steps = f"{self.total_steps} steps, {self.steps_per_epoch} per epoch"
+        batch = f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}"
+        say(f"{batch}; {steps}; base learning rate {args.base_lr:g}")
+
+    def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
+        """(step, its batch) for every step that is left to take."""
+        steps = range(self.first_step, self.last_step)
+        made = batches(self.train, crops, steps, self.args.batch_size, self.args.seed, self.compute, self.args.workers)
+        return zip(steps, made, strict=True)
+
+    def schedule(self, step: int, peak: float, final: float = 0.0) -> float:
+        """Linear warm-up over `--warmup-epochs`, then a cosine over the rest of `--epochs`."""
+        return cosine_schedule(step, self.total_steps, self.warmup_steps, peak, final)
+
+    def report(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
+        """After each step: log, judge and save where it is time to; end the run if a signal asked for it.
+
+        loss and terms are those of this rank's images, z (n, d) the embeddings that are watched for collapse.
+        """
+        self.log.step(step, loss, terms, lr, z)
+        if self._due(step, self.args.eval_every):
+            self._evaluate(step)
+        number = self.folder.signal_of_any_rank()
+        if number or self._due(step, self.args.save_every):
+            self._save(step)
+        if number:
+            say(f"{signal.Signals(number).name}: saved after step {step}; the same command continues")
+            self.close()
+            raise SystemExit(128 + number)
+
+    def _due(self, step: int, epochs: int) -> bool:
+        """Whether `step` is the last or ends so many epochs."""
+        return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
+
+    def _evaluate(self, step: int) -> None:
+        if self.test is None:
+            return
+        self.log.check_finite()
+        with self.log.pause():
+            knn_top1 = self.judge.knn_top1(self.encoder, self.bank, self.test)
+            self.log.write({"step": step, "knn_top1": knn_top1})
+            what = f"step {step}/{self.last_step}" if step else "untrained network"
+            say(f"{what}: online kNN {100 * knn_top1:.1f} %")
+
+    def _save(self, step: int) -> None:
+        self.log.check_finite()
+        if not torch.stack(torch._foreach_norm(list(self.state["model"].parameters()))).isfinite().all():
+            abort(f"step {step}: a weight is no longer finite; nothing was saved since it broke; lower --base-lr")
+        with self.log.pause():
+            on_rank_0(lambda: self.folder.save(step, self.encoder, self.state, self.log.bytes()))
+
+    def close(self) -> dict[str, float]:
+        """Hand back signals and the process group; return the latest value of every metric."""
+        self.folder.close()
+        self.log.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return self.log.latest
+
+
+def say(message: str) -> None:
+    """A line on the console, from rank 0."""
+    if rank_and_world()[0] == 0:
+        print(message, flush=True)
+
+
+def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]) -> str:
+    """runs/<method>, then every flag that differs from its recipe's value and changes the result."""
+    usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
+    if args.data_dir and args.dataset == "folder":
+        usual["dataset"] = "folder"  # --data-dir says it
+    named = {name: value for name, value in dataclasses.asdict(args).items() if value != usual[name]}
+    for name in FREE_FLAGS - {"epochs", "max_steps", "data_dir"}:
+        named.pop(name, None)
+    parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
+    return str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_")))
+
+
+def fit_batch_size(args: Flags, images: int) -> int:
+    """`--batch-size`, which is global. The default shrinks to the largest power of two that the images allow; any other
+    is refused if it cannot be taken.
+    """
+    size, world, most = args.batch_size, rank_and_world()[1], 2 ** int(math.log2(images))
+    if size == type(args).batch_size:
+        size = min(size, most)
+    if size > images:
+        refuse(f"--batch-size {size} is larger than the {images} training images; use {most}")
+    if size % world:
+        refuse(f"--batch-size {size} is not divisible by the {world} processes; it is the global batch size")
+    if size < 2 * world:
+        refuse(f"--batch-size {size} leaves fewer than two images per process, which BatchNorm needs; use {2 * world}")
+    return size
+
+
+class RunFolder:
+    """What a run leaves behind: args.json, checkpoint.pt, encoder.pt, heads.pt. Signals ask it to save once more."""
+
+    def __init__(self, args: Flags, images: int):
+        """`images` are all that the dataset holds: a checkpoint is continued on as many only."""
+        self.args, self.images, self.path = args, images, Path(args.run_dir)
+        self.signal, self.handlers = 0, {}
+
+    def open(self) -> None:
+        """Make the folder, or refuse one that holds a run with other flags. From here on, signals are kept."""
+        on_rank_0(self._write_flags)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _) -> None:
+        self.signal = number
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _write_flags(self) -> None:
+        mine, file = json.loads(json.dumps(dataclasses.asdict(self.args))), self.path / "args.json"
+        try:
+            if self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+                for name in (*EVALUATION_FILES, *reversed(RUN_FILES)):  # the flags go last
+                    for old in self.path.glob(name):
+                        old.unlink()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                old = json.loads(file.read_text())
+                changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
+                if changed:
+                    was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
+                    refuse(f"{self.path} holds another run: {was}; take another --run-dir, or --overwrite it")
+                if mine["epochs"] < old["epochs"]:
+                    refuse(f"{self.path} was begun with --epochs {old['epochs']}; take as many or more to continue it")
+            atomic_save(file, json.dumps(mine, indent=1).encode())
+        except (OSError, ValueError) as error:
+            refuse(f"--run-dir {self.path} cannot be used: {error}")
+
+    def restore(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """Load the checkpoint, if there is one, into the objects of `state`; all that it holds, or None."""
+        saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
+        if saved is not None:
+            for name, thing in state.items():
+                if saved[name]:  # a scaler that was not in use has no state
+                    thing.load_state_dict(saved[name])
+        return saved
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        files = [self.path / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
+        files = [file for file in files if file.exists()]
+        for file in files:
+            try:
+                saved = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:  # a damaged file can raise almost anything
+                warn(f"{file} cannot be read ({type(error).__name__})")
+                continue
+            if saved["images"] != self.images:
+                refuse(
+                    f"{self.path} is of {saved['images']} images and --data-dir now holds {self.images}; "
+                    "take another --run-dir, or --overwrite it"
+                )
+            return saved
+        if files:
+            refuse(f"no checkpoint in {self.path} can be read; --overwrite starts the run anew")
+        return None
+
+    def signal_of_any_rank(self) -> int:
+        """The number of the signal that asked this run to end, 0 if none did; the same on all ranks."""
+        number = torch.tensor(self.signal)
+        if dist.is_initialized():
+            dist.all_reduce(number, dist.ReduceOp.MAX)  # all ranks stop after the same step
+        return number.item()
+
+    def save(self, step: int, encoder: nn.Module, state: dict[str, Any], log_bytes: int) -> None:
+        """`encoder` to encoder.pt under torchvision's names, what else is in `state["model"]` to heads.pt, and all of
+        `state` to checkpoint.pt. Rank 0 alone.
+        """
+        model = state["model"]
+        inside = tuple(name + "." for name, module in model.named_modules() if module is encoder)
+        heads = {name: w.cpu() for name, w in model.state_dict().items() if not name.startswith(inside)}
+        checkpoint = {name: thing.state_dict() for name, thing in state.items()}
+        checkpoint |= {"step": step, "images": self.images, "log_bytes": log_bytes}
+        try:
+            # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
+            atomic_save(self.path / "encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
+            atomic_save(self.path / "heads.pt", heads)
+            atomic_save(self.path / "checkpoint.pt", checkpoint, keep_as=self.path / "checkpoint.previous.pt")
+        except (OSError, RuntimeError) as error:
+            abort(f"step {step}: cannot save to {self.path} ({error}); the checkpoint before it is intact")
+
+    def close(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | None = None) -> None:
+    """Replace `file` in one step, by bytes or by what `torch.save` makes of a dict: readers see the old content or the
+    new, never a part. With `keep_as`, the old file stays under that name.
+    """
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content) if isinstance(content, bytes) else torch.save(content, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        if keep_as and file.exists():
+            os.replace(file, keep_as)
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Log:
+    """What a run tells: metrics.jsonl, the console and TensorBoard. It ends a run whose loss is not finite, and warns
+    of a collapse.
+    """
+
+    def __init__(self, args: Flags, steps_per_epoch: int, last_step: int):
+        self.args, self.file = args, Path(args.run_dir, "metrics.jsonl")
+        self.steps_per_epoch, self.last_step = steps_per_epoch, last_step
+        self.latest: dict[str, float] = {}  # value of each metric
+        self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last line
+        self.collapsed: set[str] = set()  # signs seen at the last line
+        self.clock = (time.perf_counter(), 0)  # (time, step) of the last line
+        self.board = None
+
+    def open(self, step: int, size: int) -> None:
+        """Keep the first `size` bytes of metrics.jsonl: the steps that were logged beyond `step` are taken again."""
+        on_rank_0(lambda: self._cut(step, size))
+        self.clock = (time.perf_counter(), step)
+
+    def _cut(self, step: int, size: int) -> None:
+        content = self.file.read_bytes()[:size] if self.file.exists() else b""
+        content = content[: content.rfind(b"\n") + 1]  # whole lines, even if the disk lost some
+        atomic_save(self.file, content)
+        for line in content.splitlines():
+            self.latest |= json.loads(line)
+        if self.args.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                refuse("--tensorboard needs the tensorboard package: pip install tensorboard")
+            self.board = SummaryWriter(str(self.file.parent), purge_step=step + 1)
+
+    def bytes(self) -> int:
+        """How long metrics.jsonl is."""
+        return self.file.stat().st_size if self.file.exists() else 0
+
+    def step(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
+        """Every --log-every steps: a line on the console and in metrics.jsonl, with the state of z (n, d)."""
+        self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
+        if step % self.args.log_every and step != self.last_step:
+            return
+        values, z = self.check_finite(), all_gather(z.detach())
+        now, (then, then_step) = time.perf_counter(), self.clock
+        self.clock = (now, step)
+        rate = (step - then_step) / (now - then)  # steps per second
+        epoch, images_per_s = step / self.steps_per_epoch, rate * self.args.batch_size
+        health = embedding_health(z)
+        self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
+        if rank_and_world()[0] > 0:
+            return
+        std, effective_rank = health.values()
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        left = (self.last_step - step) / rate
+        print(
+            f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
+            f"std {std:.4f} of {z.shape[1] ** -0.5:.4f}  rank {effective_rank:.1f}  "
+            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left",
+            flush=True,
+        )
+        signs = signs_of_collapse(z)
+        for sign in signs.keys() - self.collapsed:
+            warn(f"collapse at step {step}: {signs[sign]}")
+        self.collapsed = set(signs)
+
+    def check_finite(self) -> dict[str, float]:
+        """The loss and terms of the last step, averaged over ranks, once those of every step since the last look are
+        known to be finite. Reads from the device.
+        """
+        if not self.unchecked:
+            return {}
+        steps, rates, names, values = zip(*self.unchecked, strict=True)
+        self.unchecked.clear()
+        table = torch.stack(values).double()  # steps×terms
+        if dist.is_initialized():
+            dist.all_reduce(table)
+            table /= dist.get_world_size()
+        for step, lr, row in zip(steps, rates, table.tolist(), strict=True):
+            row = dict(zip(names[0], row, strict=True))
+            broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
+            if broken:
+                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
+        return row
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Keep the time of what is done within out of images per second."""
+        began = time.perf_counter()
+        yield
+        self.clock = (self.clock[0] + time.perf_counter() - began, self.clock[1])
+
+    def write(self, record: dict[str, float]) -> None:
+        """A line of metrics.jsonl."""
+        self.latest |= record
+        on_rank_0(lambda: self._append(record))
+
+    def _append(self, record: dict[str, float]) -> None:
+        try:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            abort(f"step {record['step']}: cannot write to {self.file.parent} ({error})")
+        if self.board:
+            for name in record.keys() - {"step", "epoch"}:
+                self.board.add_scalar(name, record[name], record["step"])
+
+    def close(self) -> None:
+        if self.board:
+            self.board.close()
+
+
+@dataclass
+class Judge:
+    """What a network's features are worth on images without augmentation. All ranks call, each computes its share."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    compute: "Compute"
+    workers: int
+
+    @torch.no_grad()
+    def features(self, net: nn.Module, data: "Data") -> Tensor:
+        """(N, d) float32 features of every image, in eval mode, on all ranks."""
+        rank, world = rank_and_world()
+        share = math.ceil(len(data) / world)
+        start = min(rank * share, len(data) - 1)  # a rank beyond the end repeats a row, which is cut off again below
+        rows = range(start, max(start + 1, min(start + share, len(data))))
+        was_training = net.training
+        net.eval()
+        mine, filled = torch.empty(0), 0
+        for x in centred_views(data, rows, self.image_size, self.compute, self.workers):
+            with self.compute.autocast:
+                h = net(normalize(x, self.mean, self.std))  # n×d
+            if filled == 0:
+                mine = torch.zeros(share, h.shape[1], device=h.device)  # in place: a list of pieces would be as large
+            mine[filled : filled + len(h)] = h
+            filled += len(h)
+        net.train(was_training)
+        return all_gather(mine)[: len(data)]
+
+    def knn_top1(self, net: nn.Module, train: "Data", test: "Data") -> float:
+        """Accuracy, a fraction, of the 20 nearest neighbours in `train`; labels from 0."""
+        train_x, test_x = self.features(net, train), self.features(net, test)
+        train_y, test_y = train.labels.to(train_x.device), test.labels.to(test_x.device)
+        return knn_accuracy(train_x, train_y, test_x, test_y, k=20)
+
+
+# -------------------------------------------------------------------------------------------------- processes
+#
+# Why any number of processes has the same loss and gradient as one:
+#   1. Losses gather the embeddings of all ranks, with gradient (`all_gather`), or are means over this rank's images;
+#      either way the mean of the ranks' gradients, which DistributedDataParallel takes, is that of one process.
+#   2. BatchNorm takes its statistics from the images of all ranks (`sync_batchnorm`).
+#   3. Random numbers belong to images, not to processes (`Draws`): each rank takes its slice of the same ones.
 
 
 def start_processes() -> torch.device:
@@ -152,6 +654,28 @@ def start_processes() -> torch.device:
             warn(f"{processes} processes share {gpus} GPU and so use gloo, which is slow; let each see all GPUs")
         dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
     return device
+
+
+class Compute(NamedTuple):
+    """Where, and how exactly, a network computes."""
+
+    device: torch.device
+    dtype: torch.dtype  # of weights and images
+    autocast: contextlib.AbstractContextManager  # around the network's forward pass
+
+
+def compute_in(precision: str, device: torch.device) -> tuple[Compute, torch.amp.GradScaler]:
+    """What `--precision` says, and the gradient scaler, which does nothing but in fp16.
+
+    auto is bf16 on a GPU that has it, fp16 with a scaler on one that has not, fp32 on a CPU.
+    """
+    if precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    autocast = torch.autocast(device.type, half) if half else contextlib.nullcontext()
+    return Compute(device, dtype, autocast), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -187,7 +711,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        dist.all_gather(list(rows.chunk(dist.get_world_size())), x.contiguous())
         return rows
 
     @staticmethod
@@ -210,10 +734,15 @@ def all_gather(x: Tensor) -> Tensor:
     return _AllGather.apply(x) if dist.is_initialized() else x
 
 
+def full_precision(z: Tensor) -> Tensor:
+    """float32 in place of a half type, for losses: their sums would be rounded or overflow. float64 stays."""
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the rows of all processes, for CPU tensors (`nn.SyncBatchNorm` is CUDA only).
 
-    Every rank must hold the same number of rows. Needs `all_gather`.
+    Every rank must hold the same number of rows. Needs `all_gather` and `full_precision`.
     """
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -222,7 +751,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in float32 under autocast
+        given, x = x.dtype, full_precision(x)  # statistics in float32 under autocast
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         var, mean = torch.var_mean(x, dims, correction=0)  # C
@@ -252,74 +781,21 @@ def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+def distribute(model: nn.Module) -> nn.Module:
     """Average gradients over processes (DDP); the model itself for one process."""
     if not dist.is_initialized():
         return model
+    device = next(model.parameters()).device
     return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
 
-def check_precision(args) -> None:
-    if args.precision == "fp16" and not torch.cuda.is_available():
-        fail("--precision fp16 needs a GPU; use fp32 or bf16 on a CPU")
-
-
-def precision_of(args, device: torch.device) -> tuple[torch.dtype, Any, torch.amp.GradScaler]:
-    """(dtype of weights and images, autocast context of the network, gradient scaler) for `--precision`.
-
-    auto is bf16 on a GPU that has it, fp16 with a scaler on one that has not, fp32 on a CPU.
-    """
-    choice = args.precision
-    if choice == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        choice = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
-    dtype = torch.float64 if choice == "fp64" else torch.float32
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
-    autocast = torch.autocast(device.type, half) if half else contextlib.nullcontext()
-    return dtype, autocast, torch.amp.GradScaler(device.type, enabled=choice == "fp16")
-
-
-# ---------------------------------------------------------------------------------------- per-image randomness
-
-
-# First word of a key, so that no two uses share their numbers: for numpy (seed, step) and (seed, step, 0) are one key.
-ORDER, CROPS, VIEWS = 1, 2, 3
-
-
-class Draws:
-    """Random numbers that belong to images, not to processes.
-
-    Every method draws for the whole global batch of `total` images, from a generator seeded by `key` (integers, not
-    negative; another key for each step and view), and returns `rows` of them, this rank's; so the same images get the
-    same numbers on any number of processes. Each call draws new ones. They are float64 on the CPU: the
-    primitives below then know on the host which images they have to touch.
-    """
-
-    def __init__(self, key: tuple[int, ...], total: int, rows: slice = slice(None)):
-        self.generator, self.total, self.rows = np.random.default_rng(key), total, rows
-
-    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
-        """(n, *shape) numbers in [low, high)."""
-        numbers = self.generator.random((self.total, *shape))[self.rows]
-        return torch.from_numpy(low + (high - low) * numbers)
-
-    def chance(self, p: float) -> Tensor:
-        """(n,) booleans, true with probability p."""
-        return self.uniform(0, 1) < p
-
-    def order(self, k: int) -> Tensor:
-        """(n, k) random permutations of 0..k-1."""
-        return self.uniform(0, 1, k).argsort(1)
-
-
-# ------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------- images
 
 # What Pillow opens, but for films, scientific data and vector graphics.
 NO_PICTURES = {".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".fit", ".fits", ".wmf", ".emf", ".eps", ".ps"}
 IMAGE_SUFFIXES = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN} - NO_PICTURES
 RESIDENT_SIDE = 256  # larger images are cropped by the loader's workers before they become a batch
 RESIDENT_BYTES = 2**31  # a folder of equally sized images is kept in memory up to this many bytes
-BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
 
 
 @dataclasses.dataclass
@@ -354,17 +830,17 @@ class Crop(NamedTuple):
     flip: float = 0.5
 
 
-def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
-    """(training split, labelled test split or None) of `--dataset`; pixels, if resident, are on `device`."""
-    root = Path(args.data_dir or "data")
-    if args.dataset == "folder":
+def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.device) -> tuple[Data, Data | None]:
+    """(training split, labelled test split or None); pixels, if they fit in memory, are on `device`."""
+    root = Path(data_dir or "data")
+    if dataset == "folder":
         train, test = load_folder(root)
-    elif args.dataset == "patterns":
+    elif dataset == "patterns":
         train, test = patterns("train", 5000), patterns("test", 1000)
     else:
-        train, test = load_torchvision(args.dataset, root)
-    if args.train_limit and args.train_limit < len(train):
-        chosen = np.random.default_rng(0).permutation(len(train))[: args.train_limit]  # the same for every --seed
+        train, test = load_torchvision(dataset, root)
+    if train_limit and train_limit < len(train):
+        chosen = np.random.default_rng(0).permutation(len(train))[:train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
     if not (train.labels >= 0).any():
         test = None  # nothing to compare with
@@ -376,29 +852,29 @@ def load_data(args, device: torch.device) -> tuple[Data, Data | None]:
 
 def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
     """CIFAR-10, CIFAR-100 or STL-10 (with its unlabelled images), downloaded to `root` where missing."""
-
-    def load(train: bool, download: bool) -> Data:
-        if name == "stl10":
-            source = torchvision.datasets.STL10(root, "train+unlabeled" if train else "test", download=download)
-            pixels, labels = torch.from_numpy(source.data), source.labels  # N×3×96×96
-        else:
-            kind = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
-            source = kind(root, train, download=download)
-            pixels, labels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), source.targets  # N×3×32×32
-        return Data(pixels, None, torch.as_tensor(labels).long(), source.classes)
+    sets = torchvision.datasets
+    kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "stl10": sets.STL10}[name]
+    splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
 
     def download() -> None:
         try:
-            load(True, download=True), load(False, download=True)
+            for split in splits:
+                kind(root, split, download=True)
         except (OSError, RuntimeError) as error:
-            fail(f"--dataset {name} is not in --data-dir {root} and cannot be downloaded: {error}")
+            refuse(f"--dataset {name} is not in --data-dir {root} and cannot be downloaded: {error}")
 
     on_rank_0(download)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 < rank_and_world()[0]:
         download()  # on a machine with a disk of its own
     if dist.is_initialized():
         dist.all_reduce(torch.zeros(1))  # wait for all
-    return load(True, download=False), load(False, download=False)
+    found = []
+    for source in (kind(root, split) for split in splits):
+        pixels = torch.from_numpy(source.data)  # N×32×32×3 for CIFAR, N×3×96×96 for STL-10
+        pixels = pixels if name == "stl10" else pixels.permute(0, 3, 1, 2).contiguous()
+        labels = source.labels if name == "stl10" else source.targets
+        found.append(Data(pixels, None, torch.as_tensor(labels).long(), source.classes))
+    return found[0], found[1]
 
 
 def load_folder(root: Path) -> tuple[Data, Data | None]:
@@ -406,22 +882,22 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     or `root/test` if there is one. Equally sized images that fit into `RESIDENT_BYTES` are decoded once and kept.
     """
     if not root.is_dir():
-        fail(f"--data-dir {root} is not a folder")
+        refuse(f"--data-dir {root} is not a folder")
     train_root = root / "train" if (root / "train").is_dir() else root
     files, folders = list_images(train_root, skip=("val", "test") if train_root == root else ())
     if len(files) == 0:
-        fail(f"--data-dir {root} holds no images")
+        refuse(f"--data-dir {root} holds no images")
     classes = sorted(set(folders))
     if len(classes) < 2 or "" in classes:  # images beside the folders, or all in one: nobody sorted them into classes
-        return keep_if_small(Data(None, files, torch.full((len(files),), -1), [])), None
+        return decode_if_small(Data(None, files, torch.full((len(files),), -1), [])), None
     number = {name: label for label, name in enumerate(classes)}
-    train = keep_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
+    train = decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
     for split in ("val", "test"):
         files, folders = list_images(root / split)
         if unknown := set(folders) - {""} - set(classes):
             warn(f"{root / split} is not used: it has a class {min(unknown)!r} that the training images have not")
         elif len(files) and "" not in folders:
-            return train, keep_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
+            return train, decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
     return train, None
 
 
@@ -446,11 +922,11 @@ def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, lis
     return np.array(files), folders
 
 
-def keep_if_small(data: Data) -> Data:
+def decode_if_small(data: Data) -> Data:
     """Decode the whole split into `pixels` if all images have one small size and fit into `RESIDENT_BYTES`."""
     sizes = {image_size(file) for file in data.files[:: max(1, len(data) // 100)]} - {None}
     if not sizes:
-        fail(f"none of {len(data)} image files can be decoded, for example {os.fsdecode(data.files[0])}")
+        refuse(f"none of {len(data)} image files can be decoded, for example {os.fsdecode(data.files[0])}")
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
@@ -486,7 +962,7 @@ def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[s
                 return read(image), errors
         except Exception as error:  # a damaged file can raise almost anything
             errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
-    fail(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
+    refuse(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
 
 
 def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
@@ -497,31 +973,18 @@ def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
             data.bad[file] = error
     if len(data.bad) > max(10, len(data) / 100):
         message = f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them"
-        fail(message, every_rank=True)
-
-
-# What makes an image upright, for each EXIF orientation but 1, which is upright.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-
-
-def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an opened image, 1 (upright) where there is none or it cannot be read."""
-    if image.format == "TIFF":
-        image.load()  # Pillow turns a TIFF itself, and then takes the tag away
-    try:
-        number = image.getexif().get(0x0112)
-    except Exception:  # damaged EXIF can raise almost anything, and the image may be good
-        return 1
-    return number if isinstance(number, int) and number in _TURNS else 1
+        refuse(message, every_rank=True)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) once the EXIF orientation is applied."""
-    return image.size[::-1] if orientation(image) >= 5 else image.size
+    """(width, height) of an opened image once it is turned as EXIF says."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns a TIFF itself, and then takes the tag away
+    try:
+        on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF can raise almost anything, and the image may be good
+        on_its_side = False
+    return image.size[::-1] if on_its_side else image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -532,8 +995,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     gives its first frame; the EXIF orientation is applied.
     """
     image.load()
-    if (number := orientation(image)) > 1:
-        image = image.transpose(_TURNS[number])
+    with contextlib.suppress(Exception):  # damaged EXIF can raise almost anything, and the image may be good
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64) * (255 if image.mode == "F" else 1 / 257)
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
@@ -547,7 +1010,7 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def cut(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[Tensor]:
+def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[Tensor]:
     """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is resized to.
@@ -559,12 +1022,8 @@ def cut(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[T
     scale = rgb.width / width
     views = []
     for (top, left, h, w), crop in zip(boxes, crops, strict=True):
-        x0, y0, x1, y1 = (
-            left * scale,
-            top * scale,
-            min((left + w) * scale, rgb.width),
-            min((top + h) * scale, rgb.height),
-        )
+        x0, x1 = left * scale, min((left + w) * scale, rgb.width)
+        y0, y1 = top * scale, min((top + h) * scale, rgb.height)
         # Cropping first keeps pixels outside the box out of the resampling, as torchvision's resized_crop does.
         part = rgb.crop((int(x0), int(y0), math.ceil(x1), math.ceil(y1)))
         box = (x0 - int(x0), y0 - int(y0), x1 - int(x0), y1 - int(y0))
@@ -572,40 +1031,28 @@ def cut(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[T
     return views
 
 
-class CroppedFiles(torch.utils.data.Dataset):
-    """For loader workers: (epoch, index) -> (views cropped to uint8, files that failed)."""
+class ImageFiles(torch.utils.data.Dataset):
+    """For loader workers: (epoch, index) -> (the image's views, (3, size, size) uint8 each, and files that failed).
 
-    def __init__(self, files: np.ndarray, crops: list[Crop], seed: int):
+    With a seed, every view is a random crop that belongs to (seed, epoch, image, view): the number of workers changes
+    nothing. Without one, it is the view of `centre_box`.
+    """
+
+    def __init__(self, files: np.ndarray, crops: list[Crop], seed: int | None = None):
         self.files, self.crops, self.seed = files, crops, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[tuple[str, str]]]:
         def read(image: Image.Image) -> list[Tensor]:
             width, height = upright_size(image)
-            # The draws belong to (seed, epoch, image, view): the number of workers changes nothing.
+            if self.seed is None:
+                return decode_crops(image, [centre_box(height, width, crop.size) for crop in self.crops], self.crops)
             draws = [Draws((CROPS, self.seed, *key, view), 1) for view in range(len(self.crops))]
             drawn = list(zip(draws, self.crops, strict=True))
             boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
-            views = cut(image, boxes, self.crops)
+            views = decode_crops(image, boxes, self.crops)
             return [v.flip(-1) if d.chance(crop.flip) else v for v, (d, crop) in zip(views, drawn, strict=True)]
 
         return read_or_next(self.files, key[1], read)
-
-
-class CentredFiles(torch.utils.data.Dataset):
-    """For loader workers: index -> ([test view], files that failed): see `centre_box`."""
-
-    def __init__(self, files: np.ndarray, size: int):
-        self.files, self.crop = files, Crop(size, (1, 1), "bilinear")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[list[Tensor], list[tuple[str, str]]]:
-        def read(image: Image.Image) -> list[Tensor]:
-            width, height = upright_size(image)
-            return cut(image, [centre_box(height, width, self.crop.size)], [self.crop])
-
-        return read_or_next(self.files, index, read)
 
 
 def collate(items: list[tuple[list[Tensor], list[tuple[str, str]]]]) -> tuple[list[Tensor], list[tuple[str, str]]]:
@@ -619,54 +1066,11 @@ def keep_signals_to_the_main_process(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def file_loader(dataset: torch.utils.data.Dataset, batches, args) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=keep_signals_to_the_main_process,
-    )
-
-
-def batch_indices(total: int, args, first_step: int, last_step: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(epoch, which of the `total` images the whole batch takes) for each step, the same for every process."""
-    steps_per_epoch, order_of = total // args.batch_size, None
-    for step in range(first_step, last_step):
-        epoch, start = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
-        if epoch != order_of:
-            order, order_of = np.random.default_rng((ORDER, args.seed, epoch)).permutation(total), epoch
-        yield epoch, order[start : start + args.batch_size]
-
-
-def batches(
-    data: Data, crops: list[Crop], args, first_step: int, last_step: int, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[list[Tensor], list[Draws]]]:
-    """For each step: this rank's slice of the batch as one (n, 3, size, size) tensor in [0, 1] per crop, and the
-    draws of each view for `augment`.
-
-    Step s of an epoch takes the same images on any number of processes: rows s·batch_size to (s+1)·batch_size of the
-    epoch's permutation, each rank its contiguous slice. The last, short batch is left out.
-    """
-    rows = my_rows(args.batch_size)
-
-    indices = ((epoch, index[rows]) for epoch, index in batch_indices(len(data), args, first_step, last_step))
-
-    def draws_of(step: int) -> list[Draws]:
-        return [Draws((VIEWS, args.seed, step, view), args.batch_size, rows) for view in range(len(crops))]
-
-    if data.pixels is not None:
-        for step, (_, index) in enumerate(indices, first_step):
-            chosen = torch.from_numpy(index).to(device, non_blocking=True)
-            images, draws = data.pixels[chosen].to(dtype) / 255, draws_of(step)
-            yield [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)], draws
-        return
-    keys = ([(epoch, i) for i in index.tolist()] for epoch, index in indices)
-    loader = file_loader(CroppedFiles(data.files, crops, args.seed), keys, args)
-    for step, (views, errors) in enumerate(loader, first_step):
-        count_bad(data, errors)
-        yield [view.to(device, non_blocking=True).to(dtype) / 255 for view in views], draws_of(step)
+def file_loader(dataset: ImageFiles, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[Tensor]:
+    """The views of each batch of keys, (n, 3, size, size) uint8 each, and the files that failed."""
+    pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
+    how = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
+    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, **how))
 
 
 def centre_box(height: int, width: int, size: int) -> list[int]:
@@ -679,102 +1083,63 @@ def centre_box(height: int, width: int, size: int) -> list[int]:
     return [(height - side) // 2, (width - side) // 2, side, side]
 
 
-def test_views(data: Data, rows: slice, args, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The images of `rows` without augmentation, normalised, in batches of (<=256, 3, size, size)."""
-    size, batch = args.image_size, 256
-    index = range(len(data))[rows]
-    chunks = [index[i : i + batch] for i in range(0, len(index), batch)]
+def centred_views(data: Data, rows: range, size: int, compute: Compute, workers: int) -> Iterator[Tensor]:
+    """The images of `rows` without augmentation, in batches of (<=256, 3, size, size) in [0, 1]: see `centre_box`."""
+    device, dtype, _ = compute
+    chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
     if data.pixels is None:
-        for (views,), errors in file_loader(CentredFiles(data.files, size), chunks, args):
+        keys = [[(0, index) for index in chunk] for chunk in chunks]
+        files = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")])
+        for (views,), errors in file_loader(files, keys, workers):
             count_bad(data, errors)
-            yield normalize(views.to(device, non_blocking=True).to(dtype) / 255, args.mean, args.std)
+            yield views.to(device, non_blocking=True).to(dtype) / 255
         return
     box = torch.tensor([centre_box(*data.pixels.shape[2:], size)])
     for chunk in chunks:
         images = data.pixels[chunk.start : chunk.stop].to(dtype) / 255
         if images.shape[2:] != (size, size):
             images = resized_crop(images, box.expand(len(images), 4), size, "bilinear")
-        yield normalize(images, args.mean, args.std)
+        yield images
 
 
-def fit_batch_size(args, images: int):
-    """The default `--batch-size` shrinks to the largest power of two that the images allow; any other is refused if it
-    cannot be taken.
-    """
-    size, world = args.batch_size, rank_and_world()[1]
-    if size == type(args).batch_size:
-        size = min(size, 2 ** int(math.log2(images)))
-    if size > images:
-        fail(f"--batch-size {size} is larger than the {images} training images; use {2 ** int(math.log2(images))}")
-    if size % world:
-        fail(f"--batch-size {size} is not divisible by the {world} processes; it is the global batch size")
-    if size < 2 * world:
-        fail(f"--batch-size {size} leaves fewer than two images per process, which BatchNorm needs; use {2 * world}")
-    return dataclasses.replace(args, batch_size=size)
+PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "checks", "dots", "triangles", "rays", "rings", "spiral", "clouds")
 
 
-# --------------------------------------------------------------------------------------------------- patterns
-
-
-# Texture families: (n, 32, 32) coordinates in periods and (n, 16, 1, 1) uniform numbers -> ink where positive.
-
-
-def _wrap(t):
+def _wrap(t: np.ndarray) -> np.ndarray:
     """Signed distance to the nearest integer."""
     return t - np.round(t)
 
 
-def _stripes(s, t, u):
-    return 0.25 - abs(_wrap(s + u[:, 0]))
-
-
-def _zigzag(s, t, u):
-    return 0.12 - abs(_wrap(0.75 * s + u[:, 0] + 1.8 * abs(_wrap(0.4 * t + u[:, 1]))))
-
-
-def _bricks(s, t, u):
-    s, t = 0.45 * s + u[:, 0], 0.9 * t + u[:, 1]
-    return np.minimum(1.8 * abs(_wrap(s + 0.5 * (np.floor(t) % 2))), abs(_wrap(t))) - 0.13
-
-
-def _checks(s, t, u):
-    return 0.25 * np.sin(np.pi * (s + 2 * u[:, 0])) * np.sin(np.pi * (t + 2 * u[:, 1]))
-
-
-def _dots(s, t, u):
-    s, t = 0.75 * s + u[:, 0], 0.75 * t + u[:, 1]
-    return 0.25 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
-
-
-def _triangles(s, t, u):
-    s, t = 0.6 * np.pi * (s + 3 * u[:, 0]), 0.6 * np.pi * (t + 3 * u[:, 1])
-    return 0.15 + 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
-
-
-def _rays(s, t, u):
-    s, t = s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)
-    return 0.4 * np.sin(np.floor(6 + 6 * u[:, 2]) * np.arctan2(t, s))
-
-
-def _rings(s, t, u):
-    return 0.25 - abs(_wrap(np.hypot(s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)) + u[:, 2]))
-
-
-def _spiral(s, t, u):
-    s, t = s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)
-    return 0.25 * np.sin(np.pi * np.hypot(s, t) + 4 * np.sign(u[:, 2] - 0.5) * np.arctan2(t, s))
-
-
-def _clouds(s, t, u):
-    angle, phase = np.pi / 8 * (np.arange(8, dtype=np.float32)[:, None, None] + u[:, :8]), 2 * np.pi * u[:, 8:]
-    return 0.04 * np.sin(3 * (np.cos(angle) * s[:, None] + np.sin(angle) * t[:, None]) + phase).sum(1)
-
-
-_FAMILIES = dict(
-    stripes=_stripes, zigzag=_zigzag, bricks=_bricks, checks=_checks, dots=_dots,
-    triangles=_triangles, rays=_rays, rings=_rings, spiral=_spiral, clouds=_clouds,
-)  # fmt: skip
-PATTERN_CLASSES = tuple(_FAMILIES)
+def _texture(family: str, s: np.ndarray, t: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """(n, 32, 32) coordinates s, t in periods and (n, 16, 1, 1) uniform numbers u -> ink where positive."""
+    near_s, near_t = s + 2.4 * (u[:, 0] - 0.5), t + 2.4 * (u[:, 1] - 0.5)  # about a centre in the image
+    match family:
+        case "stripes":
+            return 0.25 - abs(_wrap(s + u[:, 0]))
+        case "zigzag":
+            return 0.12 - abs(_wrap(0.75 * s + u[:, 0] + 1.8 * abs(_wrap(0.4 * t + u[:, 1]))))
+        case "bricks":
+            s, t = 0.45 * s + u[:, 0], 0.9 * t + u[:, 1]
+            return np.minimum(1.8 * abs(_wrap(s + 0.5 * (np.floor(t) % 2))), abs(_wrap(t))) - 0.13
+        case "checks":
+            return 0.25 * np.sin(np.pi * (s + 2 * u[:, 0])) * np.sin(np.pi * (t + 2 * u[:, 1]))
+        case "dots":
+            s, t = 0.75 * s + u[:, 0], 0.75 * t + u[:, 1]
+            return 0.25 - np.hypot(_wrap(s + 0.5 * (np.round(t) % 2)), 0.87 * _wrap(t))
+        case "triangles":
+            s, t = 0.6 * np.pi * (s + 3 * u[:, 0]), 0.6 * np.pi * (t + 3 * u[:, 1])
+            return 0.15 + 1.2 * np.sin(t) * np.sin(0.5 * t + 0.866 * s) * np.sin(0.5 * t - 0.866 * s)
+        case "rays":
+            return 0.4 * np.sin(np.floor(6 + 6 * u[:, 2]) * np.arctan2(near_t, near_s))
+        case "rings":
+            return 0.25 - abs(_wrap(np.hypot(near_s, near_t) + u[:, 2]))
+        case "spiral":
+            turns = 4 * np.sign(u[:, 2] - 0.5) * np.arctan2(near_t, near_s)
+            return 0.25 * np.sin(np.pi * np.hypot(near_s, near_t) + turns)
+        case "clouds":
+            angle = np.pi / 8 * (np.arange(8, dtype=np.float32)[:, None, None] + u[:, :8])
+            waves = 3 * (np.cos(angle) * s[:, None] + np.sin(angle) * t[:, None])
+            return 0.04 * np.sin(waves + 2 * np.pi * u[:, 8:]).sum(1)
 
 
 def patterns(split: str, count: int, seed: int = 0) -> Data:
@@ -804,9 +1169,9 @@ def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np
     s = (np.cos(turn) * sheared + np.sin(turn) * y) / period
     t = (np.cos(turn) * y - np.sin(turn) * sheared) / period
     ink = np.empty_like(s)
-    for label, family in enumerate(_FAMILIES.values()):
+    for label, family in enumerate(PATTERN_CLASSES):
         own = labels == label
-        ink[own] = family(s[own], t[own], u[own, 11:])
+        ink[own] = _texture(family, s[own], t[own], u[own, 11:])
     ink = np.tanh(1.5 * period * ink)  # soft edges
     blur = blur_matrix(torch.tensor([1.2]), 9, 32)[0].numpy()
     ink -= blur @ ink @ blur.T  # no shading
@@ -821,10 +1186,224 @@ def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np
     return (255 * images.clip(0, 1)).astype(np.uint8)
 
 
+# --------------------------------------------------------------------------------------------------- networks
+
+_MODELS = torchvision.models.list_models(torchvision.models)
+ARCHITECTURES = ["resnet10", *(name for name in _MODELS if name.startswith(("resnet", "resnext", "wide_resnet")))]
+
+
+def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
+    """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
+
+    `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for images of about
+    32 pixels, is a 3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of
+    every residual branch at zero.
+    """
+    if arch not in ARCHITECTURES:
+        refuse(f"--arch {arch} is unknown; take one of {', '.join(ARCHITECTURES)}")
+    if arch == "resnet10":
+        block = torchvision.models.resnet.BasicBlock
+        net = torchvision.models.ResNet(block, [1, 1, 1, 1], zero_init_residual=zero_init)
+    else:
+        net = torchvision.models.get_model(arch, zero_init_residual=zero_init)
+    if stem == "small":
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+        net.maxpool = nn.Identity()
+    width, net.fc = net.fc.in_features, nn.Identity()
+    return net, width
+
+
+# Where the backbone stands in files of weights: MoCo's query encoder, not its key encoder; VICReg's, Barlow Twins',
+# DINO's and solo-learn's; SimSiam's; SwAV's, torchvision's and ours.
+_PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights.
+
+    Takes this project's files, torchvision's, and the published ones of VICReg, Barlow Twins, SwAV, MoCo, SimSiam and
+    DINO, whose heads are left out and named. Files that carry code are refused.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        for container in ("state_dict", "model", "teacher"):
+            state = state[container] if isinstance(state.get(container), dict) else state
+        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
+    except FileNotFoundError:
+        refuse(f"{file} does not exist")
+    except Exception as error:  # a damaged or foreign file can raise almost anything
+        refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+    prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
+    if prefix is None:
+        refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+    trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
+    if left_out and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
+    return {match[1]: state[name] for name, match in trunk.items() if match}
+
+
+def load_encoder(net: nn.Module, path: str) -> None:
+    """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
+    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
+    try:
+        net.load_state_dict(read_weights(file))
+    except RuntimeError as error:
+        refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+
+
+# -------------------------------------------------------------------------------------------------- optimizer
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as BYOL, Barlow Twins and VICReg use it.
+
+    With g the gradient, p the weight tensor and m the momentum buffer, for each tensor:
+
+        g <- g + weight_decay * p
+        g <- g * eta * |p| / |g|      if both norms are positive
+        m <- momentum * m + g;   p <- p - lr * m
+
+    In a parameter group with `adapt=False` the first two lines are left out: neither weight decay nor adaptation,
+    as is usual for biases and BatchNorm: LARS([{"params": matrices}, {"params": others, "adapt": False}], lr=0.2).
+    All tensors of a group are updated together by multi-tensor calls, without reading anything back from the device.
+    Stands alone.
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            updates = [p.grad for p in params]
+            if group["adapt"]:
+                # A copy: it is scaled in place below.
+                updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                p_norm = torch.stack(torch._foreach_norm(params))
+                g_norm = torch.stack(torch._foreach_norm(updates))
+                ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
+                torch._foreach_mul_(updates, list(ratio.unbind()))
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        return loss
+
+
+def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
+    """The value at `step` (from 0): linear from 0 to `peak` over the warm-up, then half a cosine to `final`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step >= total_steps:
+        return final
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
+    return peak * cosine + final * (1 - cosine)
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+# First word of a key, so that no two uses share their numbers: for numpy (seed, step) and (seed, step, 0) are one key.
+ORDER, CROPS, VIEWS = 1, 2, 3
+
+
+class Draws:
+    """Random numbers that belong to images, not to processes.
+
+    Every method draws for the whole global batch of `total` images, from a generator seeded by `key` (integers, not
+    negative; another key for each step and view), and returns `rows` of them, this rank's; so the same images get the
+    same numbers on any number of processes. Each call draws new ones. They are float64 on the CPU: the
+    primitives below then know on the host which images they have to touch.
+    """
+
+    def __init__(self, key: tuple[int, ...], total: int, rows: slice = slice(None)):
+        self.generator, self.total, self.rows = np.random.default_rng(key), total, rows
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """(n, *shape) numbers in [low, high)."""
+        numbers = self.generator.random((self.total, *shape))[self.rows]
+        return torch.from_numpy(low + (high - low) * numbers)
+
+    def chance(self, p: float) -> Tensor:
+        """(n,) booleans, true with probability p."""
+        return self.uniform(0, 1) < p
+
+    def order(self, k: int) -> Tensor:
+        """(n, k) random permutations of 0..k-1."""
+        return self.uniform(0, 1, k).argsort(1)
+
+
+class View(NamedTuple):
+    """One view of this rank's images, cropped, and the dice that decide the rest: `augment(*view, args)`."""
+
+    x: Tensor  # (n, 3, size, size) in [0, 1]
+    draws: Draws
+
+
+@dataclass
+class Batch:
+    """The views of one step; it unpacks into them. `index` and `labels` tell of the global batch, on every rank."""
+
+    views: list[View]
+    index: Tensor  # (batch_size,) int64: which of the training images these are
+    labels: Tensor  # (batch_size,) int64, -1 where unknown
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(self.views)
+
+
+def batches(
+    data: Data, crops: list[Crop], steps: range, batch_size: int, seed: int, compute: Compute, workers: int = 0
+) -> Iterator[Batch]:
+    """For each of `steps`, this rank's slice of the batch: a view per crop.
+
+    Step s of an epoch takes the same images on any number of processes: rows s·batch_size to (s+1)·batch_size of the
+    epoch's permutation, each rank its contiguous slice. The last, short batch is left out. `workers` decode what is
+    not in memory.
+    """
+    (device, dtype, _), rows = compute, my_rows(batch_size)
+    loaded = None
+    if data.pixels is None:
+        indices = batch_indices(len(data), batch_size, steps, seed)
+        keys = ([(epoch, i) for i in index[rows].tolist()] for epoch, index in indices)
+        loaded = file_loader(ImageFiles(data.files, crops, seed), keys, workers)
+    for step, (_, index) in zip(steps, batch_indices(len(data), batch_size, steps, seed), strict=True):
+        index = torch.from_numpy(index)
+        draws = [Draws((VIEWS, seed, step, view), batch_size, rows) for view in range(len(crops))]
+        if loaded is None:
+            images = data.pixels[index[rows].to(device, non_blocking=True)].to(dtype) / 255
+            xs = [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)]
+        else:
+            views, errors = next(loaded)
+            count_bad(data, errors)
+            xs = [view.to(device, non_blocking=True).to(dtype) / 255 for view in views]
+        yield Batch([View(x, d) for x, d in zip(xs, draws, strict=True)], index, data.labels[index])
+
+
+def batch_indices(total: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(epoch, which of the `total` images the whole batch takes) for each step, the same for every process."""
+    steps_per_epoch, order_of = total // batch_size, None
+    for step in steps:
+        epoch, start = step // steps_per_epoch, step % steps_per_epoch * batch_size
+        if epoch != order_of:
+            order, order_of = np.random.default_rng((ORDER, seed, epoch)).permutation(total), epoch
+        yield epoch, order[start : start + batch_size]
+
+
 # ----------------------------------------------------------------------------------------------- augmentation
 #
-# Batched: x is (n, 3, H, W) in [0, 1] on any device, and every parameter is a tensor with one entry per image on the
-# CPU. It goes to the device without blocking: a copy that blocks would wait there for all work that came before.
+# Batched: x is (n, 3, H, W), floats in [0, 1] on any device, and every parameter is a tensor with one entry per image
+# on the CPU. It goes to the device without blocking: a copy that blocks would wait for all work that came before.
 # The functions that take `draws` choose those parameters at random; they need `Draws`.
 
 
@@ -887,7 +1466,9 @@ def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, int
 
 
 def per_image(parameter: Tensor, x: Tensor) -> Tensor:
-    """(n,) parameters on the CPU -> (n, 1, 1, 1) beside x."""
+    """(n,) parameters on the CPU -> (n, 1, 1, 1) beside x. Images of whole numbers, 0 to 255, are a TypeError."""
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floats in [0, 1], not {x.dtype}: divide them by 255 first")
     return parameter.to(x.device, x.dtype, non_blocking=True)[:, None, None, None]
 
 
@@ -989,167 +1570,7 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
     return (x - mean) / std
 
 
-# ------------------------------------------------------------------------------- backbone, optimizer, schedule
-
-
-_MODELS = torchvision.models.list_models(torchvision.models)
-ARCHITECTURES = ["resnet10", *(name for name in _MODELS if name.startswith(("resnet", "resnext", "wide_resnet")))]
-
-
-def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
-
-    `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for images of about
-    32 pixels, is a 3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of
-    every residual branch at zero.
-    """
-    if arch not in ARCHITECTURES:
-        fail(f"--arch {arch} is unknown; take one of {', '.join(ARCHITECTURES)}")
-    if arch == "resnet10":
-        block = torchvision.models.resnet.BasicBlock
-        net = torchvision.models.ResNet(block, [1, 1, 1, 1], zero_init_residual=zero_init)
-    else:
-        net = torchvision.models.get_model(arch, zero_init_residual=zero_init)
-    if stem == "small":
-        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
-        net.maxpool = nn.Identity()
-    width, net.fc = net.fc.in_features, nn.Identity()
-    return net, width
-
-
-# Where the backbone stands in files of weights: MoCo's query encoder, not its key encoder; VICReg's, Barlow Twins',
-# DINO's and solo-learn's; SimSiam's; SwAV's, torchvision's and ours.
-_PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
-
-
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights.
-
-    Takes this project's files, torchvision's, and the published ones of VICReg, Barlow Twins, SwAV, MoCo, SimSiam and
-    DINO, whose heads are left out and named. Files that carry code are refused.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        for container in ("state_dict", "model", "teacher"):
-            state = state[container] if isinstance(state.get(container), dict) else state
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
-    except FileNotFoundError:
-        fail(f"{file} does not exist")
-    except Exception as error:  # a damaged or foreign file can raise almost anything
-        fail(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
-    prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
-    if prefix is None:
-        fail(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
-    trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
-    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
-    if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
-    return {match[1]: state[name] for name, match in trunk.items() if match}
-
-
-def load_encoder(net: nn.Module, path: str) -> None:
-    """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
-    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
-    try:
-        net.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        fail(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
-
-
-def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
-    """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
-
-    def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:  # old files do not count batches
-        return {key: tuple(w.shape) for key, w in state.items() if not key.endswith("num_batches_tracked")}
-
-    shapes = shapes_of(state)
-    stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
-    for arch in ARCHITECTURES:
-        with torch.device("meta"):
-            net, _ = backbone(arch, stem, zero_init=False)
-        if shapes_of(net.state_dict()) == shapes:
-            return arch, stem
-    fail(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
-
-
-class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as BYOL, Barlow Twins and VICReg use it.
-
-    With g the gradient, p the weight tensor and m the momentum buffer, for each tensor:
-
-        g <- g + weight_decay * p
-        g <- g * eta * |p| / |g|      if both norms are positive
-        m <- momentum * m + g;   p <- p - lr * m
-
-    In a parameter group with `adapt=False` the first two lines are left out: neither weight decay nor adaptation,
-    as is usual for biases and BatchNorm: LARS([{"params": matrices}, {"params": others, "adapt": False}], lr=0.2).
-    All tensors of a group are updated together by multi-tensor calls, without reading anything back from the device.
-    Stands alone.
-    """
-
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            updates = [p.grad for p in params]
-            if group["adapt"]:
-                updates = torch._foreach_add(
-                    updates, params, alpha=group["weight_decay"]
-                )  # a copy: scaled in place below
-                p_norm = torch.stack(torch._foreach_norm(params))
-                g_norm = torch.stack(torch._foreach_norm(updates))
-                ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
-                torch._foreach_mul_(updates, list(ratio.unbind()))
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
-        return loss
-
-
-def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
-    """The value at `step` (from 0): linear from 0 to `peak` over the warm-up, then half a cosine to `final`."""
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    if step >= total_steps:
-        return final
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps)))
-    return peak * cosine + final * (1 - cosine)
-
-
-# --------------------------------------------------------------------------------- what the features are worth
-
-
-@torch.no_grad()
-def features(net: nn.Module, data: Data, args, device: torch.device, dtype: torch.dtype, autocast) -> Tensor:
-    """(N, d) float32 features of every image, in eval mode, on all ranks; each rank computes its share."""
-    rank, world = rank_and_world()
-    share = math.ceil(len(data) / world)
-    start = min(rank * share, len(data) - 1)  # a rank beyond the end repeats a row, which is cut off again below
-    was_training = net.training
-    net.eval()
-    mine, filled = torch.empty(0), 0
-    for x in test_views(data, slice(start, max(start + 1, min(start + share, len(data)))), args, device, dtype):
-        with autocast:
-            h = net(x)  # n×d
-        if filled == 0:
-            mine = torch.zeros(share, h.shape[1], device=device)  # written in place: a list of pieces would be as large
-        mine[filled : filled + len(h)] = h
-        filled += len(h)
-    net.train(was_training)
-    return all_gather(mine)[: len(data)]
+# ------------------------------------------------------------------------------ neighbours, signs of collapse
 
 
 def knn_scores(
@@ -1159,14 +1580,13 @@ def knn_scores(
 
     Each test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training
     images. train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k counts N at most. Computed in
-    float32 (float64 stays). Stands alone.
+    float32 (float64 stays). Needs `full_precision`.
     """
     classes = int(max(train_y.max(), test_y.max())) + 1
     top1 = top5 = 0
     rows = min(1024, max(1, 2**28 // len(train_x)))  # a gigabyte of similarities at most
     with torch.no_grad(), torch.autocast(train_x.device.type, enabled=False):
-        train_x, test_x = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (train_x, test_x))
-        train_x, test_x = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1)
+        train_x, test_x = (F.normalize(full_precision(x), dim=1) for x in (train_x, test_x))
         for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
             similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # m×k
             votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
@@ -1202,329 +1622,15 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     return {"embedding_std": z.std(0).mean().item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
 
 
-# ------------------------------------------------------------------------------------------------- run folder
-
-# A run may be continued with other values of these flags; the others decide what it computes.
-FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
-FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard", "val_loss"}
-EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
-RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
-
-
-def prepare(method: str, args, recipes: dict[str, dict[str, Any]]):
-    """Check the flags and name the run folder: runs/<method>, then every flag that differs from its recipe's value."""
-    check_args(args)
-    if args.run_dir:
-        return args
-    usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
-    if args.data_dir and args.dataset == "folder":
-        usual["dataset"] = "folder"  # --data-dir says it
-    named = {name: value for name, value in dataclasses.asdict(args).items() if value != usual[name]}
-    for name in FREE_FLAGS - {"epochs", "max_steps", "data_dir"}:
-        named.pop(name, None)
-    parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
-    return dataclasses.replace(args, run_dir=str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_"))))
-
-
-class Run:
-    """What a run leaves behind: args.json, metrics.jsonl, checkpoint.pt, encoder.pt and heads.pt in its folder.
-
-    Steps count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
-    """
-
-    def __init__(self, args, train: Data, test: Data | None, device: torch.device, dtype: torch.dtype, autocast):
-        self.args, self.folder = args, Path(args.run_dir)
-        self.train, self.test, self.device, self.dtype, self.autocast = train, test, device, dtype, autocast
-        labelled = (train.labels >= 0).nonzero()[:, 0]
-        even = torch.linspace(0, len(labelled) - 1, min(len(labelled), BANK_LIMIT)).long()
-        self.bank = train if len(even) == len(train) else train.subset(labelled[even])  # of the online kNN
-        self.steps_per_epoch = len(train) // args.batch_size
-        self.total_steps = args.epochs * self.steps_per_epoch
-        self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
-        self.first_step = 0
-        self.metrics: dict[str, float] = {}  # the latest of each
-        self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last log
-        self.collapsed: set[str] = set()  # signs seen at the last log
-        self.board = None
-        on_rank_0(self._open_folder)
-        self.clock = (time.perf_counter(), 0)  # (time, step) of the last log
-        self.signal, self.handlers = 0, {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self.handlers[number] = signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _) -> None:
-        self.signal = number
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def _open_folder(self) -> None:
-        args, train, world = self.args, self.train, rank_and_world()[1]
-        mine = json.loads(json.dumps(dataclasses.asdict(args)))
-        try:
-            if args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-                for name in (*EVALUATION_FILES, *reversed(RUN_FILES)):  # the flags go last
-                    for file in self.folder.glob(name):
-                        file.unlink()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "args.json"
-            if file.exists():
-                old = json.loads(file.read_text())
-                changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
-                if changed:
-                    was = ", ".join(f"--{n.replace('_', '-')} was {old.get(n)} and is now {mine[n]}" for n in changed)
-                    fail(f"{self.folder} holds another run: {was}; take another --run-dir, or --overwrite it")
-                if mine["epochs"] < old["epochs"]:
-                    fail(f"{self.folder} was begun with --epochs {old['epochs']}; take as many or more to continue it")
-            atomic_write(file, json.dumps(mine, indent=1).encode())
-        except (OSError, ValueError) as error:
-            fail(f"--run-dir {self.folder} cannot be used: {error}")
-        if args.warmup_epochs >= args.epochs:
-            warn(
-                f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises; "
-                "take a shorter warm-up"
-            )
-        kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
-        scored = (
-            f"{len(self.test)} test images of {len(train.classes)} classes" if self.test else "no labelled test split"
-        )
-        cuda = self.device.type == "cuda"
-        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-        print(f"{self.folder}: {len(train)} training images {kept}, {scored}")
-        print(
-            f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}; {self.total_steps} steps, "
-            f"{self.steps_per_epoch} per epoch; base learning rate {args.base_lr:g}",
-            flush=True,
-        )
-
-    def resume(self, state: dict[str, Any]) -> None:
-        """Load the folder's checkpoint, if there is one, into the objects of `state`; the loop goes on after it."""
-        saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
-        if saved is not None:
-            for name, thing in state.items():
-                if saved[name]:  # a scaler that was not in use has no state
-                    thing.load_state_dict(saved[name])
-            self.first_step = saved["step"]
-            self.clock = (time.perf_counter(), self.first_step)
-        if self.args.tensorboard:
-            on_rank_0(self._open_board)
-
-    def _open_board(self) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            fail("--tensorboard needs the tensorboard package: pip install tensorboard")
-        self.board = SummaryWriter(str(self.folder), purge_step=self.first_step + 1)
-
-    def _read_checkpoint(self) -> dict[str, Any] | None:
-        files = [self.folder / name for name in ("checkpoint.pt", "checkpoint.previous.pt")]
-        files = [file for file in files if file.exists()]
-        for file in files:
-            try:
-                saved = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file can raise almost anything
-                warn(f"{file} cannot be read ({type(error).__name__})")
-                continue
-            if saved["images"] != self.train.found:
-                fail(
-                    f"{self.folder} is of {saved['images']} images and --data-dir now holds {self.train.found}; "
-                    "take another --run-dir, or --overwrite it"
-                )
-            self._rewind_metrics(saved["step"])
-            print(f"continuing after step {saved['step']} of {self.last_step}", flush=True)
-            if saved["step"] >= self.last_step:
-                print(
-                    "this run is finished: --run-dir and more --epochs continue it, --overwrite starts it anew",
-                    flush=True,
-                )
-            return saved
-        if files:
-            fail(f"no checkpoint in {self.folder} can be read; --overwrite starts the run anew")
-        self._rewind_metrics(-1)
-        return None
-
-    def _rewind_metrics(self, step: int) -> None:
-        """Forget what was logged after `step`: those steps are taken again."""
-        file = self.folder / "metrics.jsonl"
-        kept = []
-        for line in file.read_text().splitlines() if file.exists() else []:
-            with contextlib.suppress(ValueError):  # a line cut off by a kill
-                record = json.loads(line)
-                if record["step"] <= step:
-                    kept.append(line + "\n")
-                    self.metrics |= record
-        atomic_write(file, "".join(kept).encode())
-
-    def due(self, step: int, epochs: int) -> bool:
-        """Whether `step` is the last or ends so many epochs."""
-        return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
-
-    def log(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
-        """Every --log-every steps: a line on the console and in metrics.jsonl, with the state of z (n, d)."""
-        self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
-        if step % self.args.log_every and step != self.last_step:
-            return
-        values = self._check_finite()
-        z = all_gather(z.detach())
-        health, scale = embedding_health(z), z.float().std(0).mean().item()
-        now, (then, then_step) = time.perf_counter(), self.clock
-        self.clock = (now, step)
-        rate = (step - then_step) / (now - then)  # steps per second
-        epoch, images_per_s = step / self.steps_per_epoch, rate * self.args.batch_size
-        self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
-        isotropic, left = z.shape[1] ** -0.5, (self.last_step - step) / rate
-        std, effective_rank = health.values()
-        if rank_and_world()[0] > 0:
-            return
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        print(
-            f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
-            f"std {std:.4f} of {isotropic:.4f}  rank {effective_rank:.1f}  "
-            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left",
-            flush=True,
-        )
-        signs = {}
-        if std < isotropic / 20:
-            signs["std"] = (
-                f"the normalised embeddings have std {std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
-            )
-        # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
-        if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
-            signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
-        if scale < 1e-3:
-            signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
-        for sign in signs.keys() - self.collapsed:
-            warn(f"collapse at step {step}: {signs[sign]}")
-        self.collapsed = set(signs)
-
-    def evaluate(self, step: int, net: nn.Module) -> None:
-        """Every --eval-every epochs, at the end, and of the untrained network: kNN top-1 of `net` on the test split,
-        with at most `BANK_LIMIT` labelled training images to compare with.
-        """
-        if self.test is None or not self.due(step, self.args.eval_every):
-            return
-        self._check_finite()
-        with self.uncounted():
-            how = (self.args, self.device, self.dtype, self.autocast)
-            train_x, test_x = features(net, self.bank, *how), features(net, self.test, *how)
-            train_y, test_y = self.bank.labels.to(self.device), self.test.labels.to(self.device)
-            knn_top1 = knn_accuracy(train_x, train_y, test_x, test_y, k=20)
-            self.write({"step": step, "knn_top1": knn_top1})
-            if rank_and_world()[0] == 0:
-                what = f"step {step}/{self.last_step}" if step else "untrained network"
-                print(f"{what}: online kNN {100 * knn_top1:.1f} %", flush=True)
-
-    def save(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
-        """Every --save-every epochs, at the end and on a signal, which then ends the run: checkpoint and weights.
-
-        `model.backbone` goes to encoder.pt under torchvision's names, everything else of `model` to heads.pt.
-        """
-        number = torch.tensor(self.signal)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)  # all ranks stop after the same step
-        number = number.item()
-        if not (number or self.due(step, self.args.save_every)):
-            return
-        self._check_finite()
-        if not torch.stack(torch._foreach_norm(list(model.parameters()))).isfinite().all():
-            stop(f"step {step}: a weight is no longer finite; nothing was saved since it broke; lower --base-lr")
-        with self.uncounted():
-            on_rank_0(lambda: self._write_weights(step, model, state))
-        if number:
-            if rank_and_world()[0] == 0:
-                print(f"{signal.Signals(number).name}: saved after step {step}; the same command continues", flush=True)
-            self.close()
-            raise SystemExit(128 + number)
-
-    def _write_weights(self, step: int, model: nn.Module, state: dict[str, Any]) -> None:
-        weights = {name: w.cpu() for name, w in model.state_dict().items()}
-        encoder = {name.removeprefix("backbone."): w for name, w in weights.items() if name.startswith("backbone.")}
-        heads = {name: w for name, w in weights.items() if not name.startswith("backbone.")}
-        checkpoint = {name: thing.state_dict() for name, thing in state.items()}
-        checkpoint |= {"step": step, "images": self.train.found}
-        try:
-            # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
-            atomic_save(self.folder / "encoder.pt", encoder)
-            atomic_save(self.folder / "heads.pt", heads)
-            atomic_save(self.folder / "checkpoint.pt", checkpoint, keep_as=self.folder / "checkpoint.previous.pt")
-        except (OSError, RuntimeError) as error:
-            stop(f"step {step}: cannot save to {self.folder} ({error}); the checkpoint before it is intact")
-
-    def _check_finite(self) -> dict[str, float]:
-        """The loss and terms of the last step, averaged over ranks, once those of every step since the last look are
-        known to be finite. Reads from the device.
-        """
-        if not self.unchecked:
-            return {}
-        steps, rates, names, values = zip(*self.unchecked, strict=True)
-        self.unchecked.clear()
-        table = torch.stack(values).double()  # steps×terms
-        if dist.is_initialized():
-            dist.all_reduce(table)
-            table /= dist.get_world_size()
-        for step, lr, row in zip(steps, rates, table.tolist(), strict=True):
-            row = dict(zip(names[0], row, strict=True))
-            broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
-            if broken:
-                stop(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
-        return row
-
-    @contextlib.contextmanager
-    def uncounted(self) -> Iterator[None]:
-        """Keep the time of what is done within out of images per second."""
-        began = time.perf_counter()
-        yield
-        self.clock = (self.clock[0] + time.perf_counter() - began, self.clock[1])
-
-    def write(self, record: dict[str, float]) -> None:
-        """A line of metrics.jsonl."""
-        self.metrics |= record
-        on_rank_0(lambda: self._append(record))
-
-    def _append(self, record: dict[str, float]) -> None:
-        try:
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            stop(f"step {record['step']}: cannot write to {self.folder} ({error})")
-        if self.board:
-            for name in record.keys() - {"step", "epoch"}:
-                self.board.add_scalar(name, record[name], record["step"])
-
-    def close(self) -> dict[str, float]:
-        """Hand back signals and the process group; return the latest value of every metric."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        if self.board:
-            self.board.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return self.metrics
-
-
-def atomic_write(file: Path, content: bytes) -> None:
-    """Replace `file` in one step: whoever reads it sees the old content or the new, never a part."""
-    with _replacing(file) as temporary:
-        temporary.write(content)
-
-
-def atomic_save(file: Path, content: dict[str, Any], keep_as: Path | None = None) -> None:
-    """`torch.save` in one step; with `keep_as`, what was in `file` before stays under that name."""
-    with _replacing(file, keep_as) as temporary:
-        torch.save(content, temporary)
-
-
-@contextlib.contextmanager
-def _replacing(file: Path, keep_as: Path | None = None) -> Iterator[typing.BinaryIO]:
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        if keep_as and file.exists():
-            os.replace(file, keep_as)
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def signs_of_collapse(z: Tensor) -> dict[str, str]:
+    """{sign: what it says} of embeddings z (n, d) that have collapsed; empty if they are healthy."""
+    health, isotropic, scale = embedding_health(z), z.shape[1] ** -0.5, z.float().std(0).mean().item()
+    std, rank, signs = health["embedding_std"], health["effective_rank"], {}
+    if std < isotropic / 20:
+        signs["std"] = f"the normalised embeddings have std {std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
+    # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
+    if rank < min(5, z.shape[1] / 8, len(z) / 4):
+        signs["rank"] = f"the embeddings have effective rank {rank:.2f} in {z.shape[1]} dimensions"
+    if scale < 1e-3:
+        signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
+    return signs

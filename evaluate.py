@@ -48,23 +48,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
+    ARCHITECTURES,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Batch,
+    Compute,
     Crop,
     Data,
+    Judge,
+    abort,
     all_gather,
     atomic_save,
-    atomic_write,
     backbone,
-    batch_indices,
     batches,
-    check_precision,
+    check_least,
+    check_positive,
+    check_shared,
+    compute_in,
     cosine_schedule,
-    describe_weights,
     distribute,
     embedding_health,
-    fail,
-    features,
     knn_accuracy,
     knn_scores,
     load_data,
@@ -72,11 +75,10 @@ from common import (
     normalize,
     on_rank_0,
     parse_args,
-    precision_of,
     rank_and_world,
     read_weights,
+    refuse,
     start_processes,
-    stop,
     sync_batchnorm,
     warn,
 )
@@ -180,36 +182,34 @@ def augmented_probe(
     args: Args,
     learning_rates: tuple[float, ...],
     weight_decays: tuple[float, ...],
-    how: tuple,
+    judge: Judge,
 ) -> dict[str, float]:
     """`linear_probe` on crops and flips drawn anew in every epoch, as the papers train it; net stays frozen."""
-    device, dtype, autocast = how
+    device = judge.compute.device
 
     @torch.no_grad()
-    def stream(data: Data, local: Args, steps: int) -> Stream:
-        crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
-        indices = batch_indices(len(data), local, 0, steps)
-        views = with_progress(batches(data, crops, local, 0, steps, device, dtype), steps)
-        for ((x,), _), (_, index) in zip(views, indices, strict=True):
-            with autocast:
+    def stream(data: Data, batch_size: int, steps: int) -> Stream:
+        for batch in with_progress(cropped_batches(data, 1, batch_size, steps, args, judge.compute), steps):
+            ((x, _),) = batch
+            with judge.compute.autocast:
                 h = net(normalize(x, args.mean, args.std))  # n×d
-            yield (all_gather(h.float()) - mean) / std, data.labels[torch.from_numpy(index)].to(device)
+            yield (all_gather(h.float()) - mean) / std, batch.labels.to(device)
 
     def fit(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-        local = fit_batch(args, len(rows))
-        steps = args.epochs * (len(rows) // local.batch_size)
-        heads = train_heads(stream(train.subset(rows), local, steps), steps, len(train.classes), grid)
+        batch_size = probe_batch_size(args, len(rows))
+        steps = args.epochs * (len(rows) // batch_size)
+        heads = train_heads(stream(train.subset(rows), batch_size, steps), steps, len(train.classes), grid)
         return for_raw_features(*heads, mean, std)
 
     def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         held_out = train.subset(rows)
-        return accuracy(features(net, held_out, args, *how), held_out.labels.to(device), *heads)
+        return accuracy(judge.features(net, held_out), held_out.labels.to(device), *heads)
 
     net.eval()
-    mean, std = moments(features(net, train, args, *how))
+    mean, std = moments(judge.features(net, train))
     grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
     heads, chosen = choose(len(train), grid, args.seed, torch.device("cpu"), fit, score)
-    test_x, test_y = features(net, test, args, *how), test.labels.to(device)
+    test_x, test_y = judge.features(net, test), test.labels.to(device)
     top1, top5 = (accuracy(test_x, test_y, *heads, k=k)[0].item() for k in (1, min(5, len(train.classes))))
     return {"top1": top1, "top5": top5, **chosen}
 
@@ -239,7 +239,7 @@ def choose(
         chosen, grid = {"held_out_top1": top1[best].item()}, [grid[best]]
     weight, bias = train(everything, grid)
     if not weight.isfinite().all():
-        stop(f"the linear classifier diverged at --lr {grid[0][0]:g}; lower it")
+        abort(f"the linear classifier diverged at --lr {grid[0][0]:g}; lower it")
     return (weight, bias), {"lr": grid[0][0], "weight_decay": grid[0][1], **chosen}
 
 
@@ -276,27 +276,30 @@ def accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, k: int = 1) -> 
 # --------------------------------------------------------------------------------------------------- finetune
 
 
-def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, how: tuple, scaler) -> dict[str, float]:
+def finetune(
+    net: nn.Module, width: int, train: Data, test: Data, args: Args, judge: Judge, scaler: torch.amp.GradScaler
+) -> dict[str, float]:
     """Train backbone and classifier on labels: SGD, momentum 0.9, no weight decay, cosine decay to 0, BatchNorm in
     training mode over the whole batch, classifier from N(0, 0.01²). Test top-1 and top-5 (fractions).
     """
-    device, dtype, autocast = how
+    device, dtype, autocast = judge.compute
     head = nn.Linear(width, len(train.classes))
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     model = sync_batchnorm(nn.Sequential(net, head).to(device, dtype), device)
     rates = (args.lr_backbone, args.lr_head)
     optimizer = torch.optim.SGD([{"params": part.parameters()} for part in model], lr=0.0, momentum=0.9)
-    network = distribute(model, device)
-    args = fit_batch(args, len(train))
-    steps = args.epochs * (len(train) // args.batch_size)
-    crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")]
-    indices = batch_indices(len(train), args, 0, steps)
+    network = distribute(model)
+    batch_size = probe_batch_size(args, len(train))
+    steps = args.epochs * (len(train) // batch_size)
     model.train()
-    for step, ((x,), _) in enumerate(with_progress(batches(train, crops, args, 0, steps, device, dtype), steps)):
+    for step, batch in enumerate(
+        with_progress(cropped_batches(train, 1, batch_size, steps, args, judge.compute), steps)
+    ):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = cosine_schedule(step, steps, 0, peak=rate, final=0.0)
-        y = train.labels[torch.from_numpy(next(indices)[1][my_rows(args.batch_size)])].to(device)  # n
+        ((x, _),) = batch
+        y = batch.labels[my_rows(batch_size)].to(device)  # n
         with autocast:
             logits = network(normalize(x, args.mean, args.std))  # n×classes
         loss = F.cross_entropy(logits.float(), y)
@@ -305,23 +308,31 @@ def finetune(net: nn.Module, width: int, train: Data, test: Data, args: Args, ho
         scaler.step(optimizer)
         scaler.update()
     if not loss.isfinite():
-        stop(f"the loss is {loss.item()}: training diverged; lower --lr-backbone and --lr-head")
+        abort(f"the loss is {loss.item()}: training diverged; lower --lr-backbone and --lr-head")
     if rank_and_world()[0] == 0:
         weights = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}
         atomic_save(Path(args.output, "finetuned.pt"), {name: value.cpu() for name, value in weights.items()})
-    top = features(model, test, args, *how).topk(min(5, len(train.classes)), dim=1).indices  # N×5
+    top = judge.features(model, test).topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}
 
 
-def fit_batch(args: Args, images: int) -> Args:
+def cropped_batches(
+    data: Data, views: int, batch_size: int, steps: int, args: Args, compute: Compute
+) -> Iterator[Batch]:
+    """`steps` batches of random resized crops and flips, so many `views` of each image."""
+    crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")] * views
+    return batches(data, crops, range(steps), batch_size, args.seed, compute, args.workers)
+
+
+def probe_batch_size(args: Args, images: int) -> int:
     """A batch that fits the images, the same for any number of processes; a power of two if none that fits is given."""
     world = rank_and_world()[1]
     size = args.batch_size or min(256, max(16, 2 ** int(math.log2(images / 8))))
     size = size if size <= images else 2 ** int(math.log2(images))
     if size % world or size < 2 * world:
-        fail(f"a batch of {size} does not divide among {world} processes with two or more each; change --batch-size")
-    return dataclasses.replace(args, batch_size=size)
+        refuse(f"a batch of {size} does not divide among {world} processes with two or more each; change --batch-size")
+    return size
 
 
 # --------------------------------------------------------------------------------------------- looking at them
@@ -334,7 +345,7 @@ def tsne_rows(test: Data, args: Args) -> tuple[Tensor, dict[int, str]]:
     rows = np.flatnonzero(np.isin(test.labels.numpy(), chosen))
     rows = np.sort(rng.permutation(rows)[:2000])
     if len(rows) < 4:
-        fail(f"--protocol tsne needs at least four test images, and these classes have {len(rows)}")
+        refuse(f"--protocol tsne needs at least four test images, and these classes have {len(rows)}")
     return torch.from_numpy(rows), {int(label): test.classes[label] for label in chosen}
 
 
@@ -383,22 +394,19 @@ def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tu
 
 
 @torch.no_grad()
-def view_pair(net: nn.Module, test: Data, args: Args, how: tuple) -> tuple[Tensor, Tensor]:
+def view_pair(net: nn.Module, test: Data, args: Args, judge: Judge) -> tuple[Tensor, Tensor]:
     """Features of two random crops of each test image (the short last batch is left out)."""
-    device, dtype, autocast = how
-    args, net = fit_batch(args, len(test)), net.eval()
-    crops = [Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear")] * 2
-    rows = []
-    for views, _ in batches(test, crops, args, 0, len(test) // args.batch_size, device, dtype):
-        with autocast:
-            rows.append([all_gather(net(normalize(x, args.mean, args.std)).float()) for x in views])
+    net, batch_size, rows = net.eval(), probe_batch_size(args, len(test)), []
+    for batch in cropped_batches(test, 2, batch_size, len(test) // batch_size, args, judge.compute):
+        with judge.compute.autocast:
+            rows.append([all_gather(net(normalize(x, args.mean, args.std)).float()) for x, _ in batch])
     first, second = (torch.cat(side) for side in zip(*rows, strict=True))
     return first, second
 
 
 def draw_spectra(spectra: dict[str, list], args: Args, folder: Path) -> dict[str, str]:
     """Singular values on a logarithmic scale to diagnose.png, the numbers to diagnose.json."""
-    atomic_write(folder / "diagnose.json", json.dumps({"singular_values": spectra}).encode())
+    atomic_save(folder / "diagnose.json", json.dumps({"singular_values": spectra}).encode())
     if not importlib.util.find_spec("matplotlib"):
         warn("the singular values are not drawn without matplotlib: pip install matplotlib")
         return {}
@@ -445,55 +453,37 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
     args = dataclasses.replace(args, **filled)
     if not args.dataset:
-        fail("a file of weights does not say what to test it on: give --data-dir or --dataset")
+        refuse("a file of weights does not say what to test it on: give --data-dir or --dataset")
     try:
         Path(args.output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"--output {args.output} cannot be made: {error}")
+        refuse(f"--output {args.output} cannot be made: {error}")
     if not os.access(args.output, os.W_OK):
-        fail(f"the result cannot be kept in {args.output}: give another folder with --output")
+        refuse(f"the result cannot be kept in {args.output}: give another folder with --output")
     return args, state
 
 
 def check(args: Args) -> None:
     if not 0 < args.train_fraction <= 1:
-        fail(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
-    for name in ("k", "temperature", "classes"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    for name in (
-        "epochs",
-        "batch_size",
-        "image_size",
-        "train_limit",
-        "seed",
-        "lr",
-        "weight_decay",
-        "lr_backbone",
-        "lr_head",
-        "workers",
-    ):
-        if getattr(args, name) < 0:
-            fail(f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+        refuse(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
+    check_positive(args, "k", "temperature", "classes")
+    check_least(args, 0, "epochs", "batch_size", "image_size", "train_limit", "seed", "workers")
+    check_least(args, 0, "lr", "weight_decay", "lr_backbone", "lr_head")
+    check_shared(args)
     if args.lr and args.protocol != "linear":
-        fail("--lr belongs to --protocol linear; finetune takes --lr-backbone and --lr-head")
+        refuse("--lr belongs to --protocol linear; finetune takes --lr-backbone and --lr-head")
     if args.augment and args.protocol != "linear":
-        fail("--augment belongs to --protocol linear")
-    if args.dataset == "folder" and not args.data_dir:
-        fail("--dataset folder needs --data-dir")
+        refuse("--augment belongs to --protocol linear")
     if any(args.mean) and not any(args.std):
-        fail("--mean needs --std")
+        refuse("--mean needs --std")
     if any(args.std) and min(args.std) <= 0:
-        fail("--std must be positive")
+        refuse("--std must be positive")
     if args.weight_decay and not args.lr:
-        fail("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
-    if not 0 <= args.crop_min_scale <= 1:
-        fail(f"--crop-min-scale is a share of the area, from 0 to 1, not {args.crop_min_scale}")
-    check_precision(args)
+        refuse("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
     if args.protocol == "tsne":
         for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
             if not importlib.util.find_spec(package):
-                fail(f"--protocol tsne needs {name}: pip install {name}")
+                refuse(f"--protocol tsne needs {name}: pip install {name}")
 
 
 def save_result(record: dict[str, Any], args: Args, chosen: Tensor) -> None:
@@ -502,9 +492,25 @@ def save_result(record: dict[str, Any], args: Args, chosen: Tensor) -> None:
     if args.train_fraction < 1:
         data = Path(args.data_dir).name or args.dataset
         name = f"labels-{data}-{args.train_fraction:g}-seed{args.seed}.json"
-        atomic_write(folder / name, json.dumps(chosen.tolist()).encode())
+        atomic_save(folder / name, json.dumps(chosen.tolist()).encode())
     with open(folder / "results.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
+    """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
+
+    def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:  # old files do not count batches
+        return {key: tuple(w.shape) for key, w in state.items() if not key.endswith("num_batches_tracked")}
+
+    shapes = shapes_of(state)
+    stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):
+            net, _ = backbone(arch, stem, zero_init=False)
+        if shapes_of(net.state_dict()) == shapes:
+            return arch, stem
+    refuse(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -512,48 +518,48 @@ def main(args: Args) -> dict[str, Any]:
     check(args)
     args, state = complete(args)
     device = start_processes()
-    dtype, autocast, scaler = precision_of(args, device)
-    how = (device, dtype, autocast)
-    train, test = load_data(args, device)
+    compute, scaler = compute_in(args.precision, device)
+    judge = Judge(args.image_size, args.mean, args.std, compute, args.workers)
+    train, test = load_data(args.dataset, args.data_dir, args.train_limit, device)
     if test is None and args.protocol != "diagnose":
-        fail(f"--data-dir {args.data_dir} needs two or more class folders, the same in val/ or test/, to test on")
+        refuse(f"--data-dir {args.data_dir} needs two or more class folders, the same in val/ or test/, to test on")
     if test is None:
         test, chosen = train, torch.arange(len(train))  # which needs no labels
     else:
         chosen = label_subset(train.labels, args.train_fraction, args.seed)
         train = train.subset(chosen)
     if args.protocol == "knn" and args.k > len(train):
-        fail(f"--k {args.k} is more than the {len(train)} labelled training images")
+        refuse(f"--k {args.k} is more than the {len(train)} labelled training images")
     torch.manual_seed(args.seed)
     arch, stem = describe_weights(state, args.weights)
     net, width = backbone(arch, stem, zero_init=False)
     if not args.scratch:
         net.load_state_dict(state)
-    net = net.to(device, dtype, memory_format=torch.channels_last)
+    net = net.to(device, compute.dtype, memory_format=torch.channels_last)
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
     record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
     rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
     if args.protocol == "finetune":
-        record |= finetune(net, width, train, test, args, how, scaler)
+        record |= finetune(net, width, train, test, args, judge, scaler)
     elif args.protocol == "linear" and args.augment:
-        record |= augmented_probe(net, train, test, args, rates, decays, how)
+        record |= augmented_probe(net, train, test, args, rates, decays, judge)
     elif args.protocol == "tsne":
         rows, shown = tsne_rows(test, args)
-        x, y = features(net, test.subset(rows), args, *how), test.labels[rows]
+        x, y = judge.features(net, test.subset(rows)), test.labels[rows]
         record |= on_rank_0(lambda: draw_tsne(x, y, shown, args, Path(args.output)))
     else:
-        train_x, test_x = (features(net, data, args, *how) for data in (train, test))
+        train_x, test_x = judge.features(net, train), judge.features(net, test)
         train_y, test_y = train.labels.to(device), test.labels.to(device)
         if args.protocol == "knn":
             record |= knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
         elif args.protocol == "linear":
-            batch_size = fit_batch(args, len(train)).batch_size
+            batch_size = probe_batch_size(args, len(train))
             record |= linear_probe(
                 train_x, train_y, test_x, test_y, args.epochs, batch_size, rates, decays, args.seed
             )  # fmt: skip
         else:
-            numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, how))
+            numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, judge))
             record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
     record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
     if rank_and_world()[0] == 0:

@@ -14,32 +14,21 @@ network of their own, a slow moving average of the network of the queries, which
 The negatives prevent collapse: were all embeddings the same, the loss would be log(K + 1). One shortcut remains: the
 statistics of BatchNorm leave a mark on every embedding of a batch, and a query could know its key by that mark. So the
 key images change places before BatchNorm, which works in groups (the authors' eight GPUs), and a query and its key are
-normalised in different company (ShuffleBN, section 3.3). With one group, changing places would change nothing.
+normalised in different company (ShuffleBN, section 3.3). With one group, changing places would change nothing: the
+mean and the variance of a batch do not depend on its order.
 
 `--version v1` is the first paper: linear head, T = 0.07, weaker views. v2, the default, has a head of two layers,
 T = 0.2 and stronger views. v2+ is v2 with a symmetric loss (SimSiam, arXiv 2011.10566, appendix C): each view is query
 once and key once.
-
-    python moco.py                                              some minutes on two CPU cores
-    torchrun --nproc_per_node 4 moco.py                         four processes share each batch
-    torchrun --nproc_per_node 8 moco.py --recipe imagenet --data-dir /data/imagenet
 
 What you should see: the loss starts low, for the queue holds noise that is easily told from keys; it climbs towards
 log(K + 1) (5.5 at K = 256) while the first keys fill the queue, all alike as yet, and falls from then on; `accuracy`,
 how often the right key comes first, rises towards 1. Sick: the loss stays at log(K + 1); or accuracy close to 1 once
 the queue is full of keys, and a kNN accuracy that does not move (BatchNorm gives the answer away).
 
-Where this file, the papers and the official code differ
-    learning rate     cosine at every step (official code: at every epoch; v1: a tenth at epochs 120 and 160), and
-                      scaled with the batch size (official code: not)
-    BatchNorm         `--bn-groups` parts of the global batch (papers: one part for each GPU, eight); the running
-                      statistics are the mean over all groups (official code: those of the first GPU)
-    flip              before the colours instead of last: the same, since every step between commutes with a flip
-    blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
-    v2+               mean of the two directions, and the keys of the second view alone go to the queue, which so
-                      holds K different images (official CIFAR-10 demo: the sum, and the keys of both views)
-    precision         bf16 on a GPU (official code: float32, as `--precision fp32`)
-    --recipe cifar    the official demo's settings, with the head of v2 (demo: linear)
+    python moco.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+
+Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
 
 import copy
@@ -51,77 +40,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     LARS,
     Crop,
     Draws,
+    Flags,
     Run,
     all_gather,
     backbone,
-    batches,
+    check_least,
     color_jitter,
-    cosine_schedule,
     distribute,
-    fail,
-    fit_batch_size,
+    full_precision,
     grayscale,
-    load_data,
-    load_encoder,
     my_rows,
     normalize,
     parse_args,
-    precision_of,
-    prepare,
     random_blur,
     rank_and_world,
-    start_processes,
-    sync_batchnorm,
+    refuse,
 )
 
 
 @dataclass
-class Args:
-    # --- shared: args ---
-    recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
-    dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
-    image_size: int = 32  # side of the views in pixels
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
-    std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
-    arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
-    stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 128  # images per step over all processes; the default shrinks to fit a smaller dataset
-    epochs: int = 15  # passes over the training images
-    max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
-    train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 0.1  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "sgd"  # momentum 0.9 in both
-    weight_decay: float = 1e-4  # on which parameters: see `groups` in main
-    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
-    seed: int = 0  # of the initial weights, the order and every augmentation
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
-    compile: bool = False  # torch.compile the network
-    workers: int = 2  # per process, for images that do not fit in memory
-    log_every: int = 10  # steps
-    eval_every: int = 5  # epochs between online kNN evaluations
-    save_every: int = 5  # epochs between checkpoints
-    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
-    overwrite: bool = False  # delete the run of that folder instead of continuing it
-    init: str = ""  # start from this encoder.pt or run folder
-    tensorboard: bool = False  # also write TensorBoard events
-    # --- end shared: args ---
+class Args(Flags):
+    base_lr: float = 0.1
+    optimizer: Literal["lars", "sgd"] = "sgd"
+    weight_decay: float = 1e-4
     version: Literal["v1", "v2", "v2+"] = "v2"  # head, temperature and views of that paper; v2+: symmetric loss
     temperature: float = 0.0  # T; 0: that of the version, 0.07 for v1 and 0.2 for v2 and v2+
     queue_size: int = 0  # K, a multiple of the batch size; 0: 2 batches, or what a smaller dataset allows
     key_momentum: float = 0.99  # m, share of the key network that a step keeps
     bn_groups: int = 8  # parts of the batch with BatchNorm statistics of their own; 1: those of the whole batch
     head_dim: int = 128  # d, width of the embeddings
-    crop_min_scale: float = 0.2  # smallest share of the area a crop keeps
-    flip: bool = True  # horizontal flip
-    color_jitter: bool = True  # brightness, contrast, saturation, hue
-    grayscale: bool = True  # drop the colour
-    blur: bool = False  # Gaussian blur; part of v2's views, for large images
 
 
 RECIPES = {
@@ -129,36 +79,39 @@ RECIPES = {
     # The official CIFAR-10 demo. Its symmetric loss is the sum of both directions, ours their mean: with
     # --version v2+ --base-lr 0.06 --weight-decay 2.5e-4, loss and decay have its weights.
     "cifar": dict(
-        dataset="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), arch="resnet18", stem="small",
-        batch_size=512, epochs=200, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, temperature=0.1, queue_size=4096,
-        crop_min_scale=0.08, log_every=50, eval_every=10, save_every=10,
+        dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
+        batch_size=512, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, crop_min_scale=0.08, temperature=0.1,
+        queue_size=4096, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010),
     ),
     # Section 4 and the official code. 800 epochs gain another 3.6 points (v2).
     "imagenet": dict(
-        dataset="folder", image_size=224, arch="resnet50", batch_size=256, epochs=200, warmup_epochs=0, base_lr=0.03,
-        weight_decay=1e-4, queue_size=65536, key_momentum=0.999, blur=True, workers=12,
-        log_every=50, eval_every=10, save_every=1,
+        dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
+        batch_size=256, epochs=200, warmup_epochs=0, base_lr=0.03, blur=True, queue_size=65536, key_momentum=0.999,
     ),
 }  # fmt: skip
 
 
-def check(args: Args, images: int) -> int:
-    """Refuse flags that do not fit the batch, the dataset or the processes; return the queue's size K."""
+def check(args: Args, images: int) -> None:
+    """Refuse flags that do not fit the batch, the dataset or the processes."""
     batch, groups, world = args.batch_size, args.bn_groups, rank_and_world()[1]
     usable = [g for g in range(1, batch // 2 + 1) if batch % g == 0 and (g == 1 or g % world == 0)]
     if groups not in usable:
         rule = f"does not split {batch} images on {world} process(es) into equal parts of two or more"
-        fail(f"--bn-groups {groups} {rule}; take one of {', '.join(map(str, usable))}")
-    size = args.queue_size or min(2, images // batch) * batch
+        refuse(f"--bn-groups {groups} {rule}; take one of {', '.join(map(str, usable))}")
+    size = queue_size(args, images)
     if size < 0 or size % batch or size > images:
         fit = max(1, min(size, images) // batch) * batch
         rule = f"must be a multiple of the batch size {batch} and at most the {images} training images"
-        fail(f"--queue-size {size} {rule}; take {fit}")
+        refuse(f"--queue-size {size} {rule}; take {fit}")
+    check_least(args, 1, "head_dim")
+    check_least(args, 0, "temperature")
     if not 0 <= args.key_momentum <= 1:
-        fail(f"--key-momentum must be between 0 and 1, not {args.key_momentum}")
-    if not args.temperature >= 0:
-        fail(f"--temperature must not be negative, not {args.temperature}; 0 is that of the version")
-    return size
+        refuse(f"--key-momentum must be between 0 and 1, not {args.key_momentum}")
+
+
+def queue_size(args: Args, images: int) -> int:
+    """K: `--queue-size`, or two batches, or the one that a small dataset has."""
+    return args.queue_size or min(2, images // args.batch_size) * args.batch_size
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -170,10 +123,7 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws.
-
-    Both views have the same strengths and probabilities.
-    """
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws."""
     if args.version == "v1":
         if args.grayscale:  # before the jitter, which comes always: v1's order
             x = grayscale(x, draws.chance(0.2))
@@ -187,31 +137,6 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     if args.blur:
         x = random_blur(x, draws, p=0.5)
     return normalize(x, args.mean, args.std)
-
-
-# ------------------------------------------------------------------------------------------------------- loss
-
-
-def info_nce_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 1 for this rank's queries q and their keys k, (n, d) each, against the keys of other images, queue (K, d).
-
-    The mean over the n queries; the mean of that over ranks is the loss of the global batch. Everything is normalised
-    here; k and queue are constants. In float32 (float64 stays). Terms: the mean cosine of query and key, and how often
-    the key comes first (a tie is lost, so that a collapsed network has accuracy 0). Stands alone.
-    """
-    with torch.autocast(q.device.type, enabled=False):
-        # Normalising makes new tensors: the queue itself may change before the backward pass.
-        q, k, queue = (
-            F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-            for z in (q, k.detach(), queue.detach())
-        )
-        positive = (q * k).sum(dim=1, keepdim=True)  # n×1
-        negative = q @ queue.T  # n×K
-        logits = torch.cat([positive, negative], dim=1) / temperature  # n×(1+K)
-        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
-        with torch.no_grad():
-            accuracy = (positive > negative.amax(dim=1, keepdim=True)).to(q.dtype).mean()
-    return loss, {"positive": positive.detach().mean(), "accuracy": accuracy}
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -276,15 +201,19 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with statistics of its own for each of `groups` equal parts of the global batch, in its order.
 
     Running statistics follow the mean over the groups: over those of this rank here, see `average_statistics`.
-    `groups` is a multiple of the number of processes, so no group lies on two of them. Made by `group_batchnorm`.
+    `groups` is a multiple of the number of processes, so no group lies on two of them. A batch that does not split into
+    equal groups is a ValueError.
     """
 
-    groups: int
+    groups = 1
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        parts = x.chunk(self.groups // rank_and_world()[1])
+        groups = self.groups // rank_and_world()[1]
+        if groups == 0 or len(x) % groups:
+            raise ValueError(f"{len(x)} images on this process do not split into {self.groups} groups over all")
+        parts = x.chunk(groups)
         means, variances = self.running_mean.new_zeros(2, len(parts), x.shape[1])  # parts×C each
         # With momentum 1, batch_norm overwrites the buffers it is given with this part's mean and unbiased variance.
         normalized = [
@@ -299,8 +228,12 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
 
 def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
-    """Make every BatchNorm of a ResNet work in `groups`; parameters, buffers and state-dict keys stay."""
+    """Make every BatchNorm of a ResNet work in `groups`; parameters, buffers and state-dict keys stay. A BatchNorm1d is
+    a TypeError: it is not for images.
+    """
     for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            raise TypeError("BatchNorm1d cannot work in groups: GroupBatchNorm2d is for images, (n, C, H, W)")
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__, module.groups = GroupBatchNorm2d, groups
     return model
@@ -314,92 +247,103 @@ def average_statistics(*networks: nn.Module) -> None:
     torch._foreach_copy_(buffers, mean.split([len(b) for b in buffers]))
 
 
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+def info_nce_loss(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 1 for this rank's queries q and their keys k, (n, d) each, against the keys of other images, queue (K, d).
+
+    The mean over the n queries; the mean of that over ranks is the loss of the global batch. Everything is normalised
+    here; k and queue are constants. In float32 (float64 stays). Terms: the mean cosine of query and key, and how often
+    the key comes first (a tie is lost, so that a collapsed network has accuracy 0).
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        # Normalising makes new tensors: the queue itself may change before the backward pass.
+        q, k, queue = (F.normalize(full_precision(z), dim=1) for z in (q, k.detach(), queue.detach()))
+        positive = (q * k).sum(dim=1, keepdim=True)  # n×1
+        negative = q @ queue.T  # n×K
+        logits = torch.cat([positive, negative], dim=1) / temperature  # n×(1+K)
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        with torch.no_grad():
+            accuracy = (positive > negative.amax(dim=1, keepdim=True)).to(q.dtype).mean()
+    return loss, {"positive": positive.detach().mean(), "accuracy": accuracy}
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 
 def main(args: Args) -> dict[str, float]:
     """Train; return the last value of every metric."""
-    # --- shared: setup ---
-    args = prepare("moco", args, RECIPES)
-    device = start_processes()
-    dtype, autocast, scaler = precision_of(args, device)
-    train, test = load_data(args, device)
-    args = fit_batch_size(args, len(train))
-    torch.manual_seed(args.seed)
-    # --- end shared: setup ---
-    queue_size = check(args, len(train))
+    run = Run("moco", args, RECIPES)  # processes, device, images, seed
+    args = run.args
+    check(args, len(run.train))
 
-    model = MoCo(args)
-    # --- shared: model ---
-    if args.init:
-        load_encoder(model.backbone, args.init)
-    model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
-    # --- end shared: model ---
+    model = run.place(MoCo(args))  # on the device; --init; BatchNorm over the images of all processes
     if args.bn_groups > 1:
         group_batchnorm(model, args.bn_groups)
     weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]  # biases, BatchNorm: SGD decays them too; LARS does not
+    others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
+    # SGD decays all of them. Under LARS `adapt=False` exempts biases and BatchNorm, from adaptation and decay.
     groups = [{"params": weights}, {"params": others, "adapt": False}]
-    # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    # --- end shared: optimizer ---
     key_network = copy.deepcopy(model).requires_grad_(False)  # in training mode, as the query network
-    queue = Queue(queue_size, args.head_dim).to(device, dtype)
-    state |= {"key_network": key_network, "queue": queue}
-    # --- shared: resume ---
-    run = Run(args, train, test, device, dtype, autocast)
-    run.resume(state)
-    if args.compile:
-        model.compile()
-    network = distribute(model, device)
-    views = batches(train, crops(args), args, run.first_step, run.last_step, device, dtype)
-    warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
-    if run.first_step == 0:
-        run.evaluate(0, model.backbone)
-    # --- end shared: resume ---
-    if args.compile:
-        key_network.compile()
+    queue = Queue(queue_size(args, len(run.train)), args.head_dim).to(run.device, run.dtype)
+    run.start(
+        model=model, optimizer=optimizer, key_network=key_network, queue=queue
+    )  # goes on from the checkpoint, if there is one
+    network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
     temperature = args.temperature or (0.07 if args.version == "v1" else 0.2)
 
-    for step, ((x1, x2), (draws1, draws2)) in enumerate(views, run.first_step):
-        lr = cosine_schedule(step, run.total_steps, warmup_steps, peak_lr, final=0.0)
+    for step, (view1, view2) in run.batches(crops(args)):
+        lr = run.schedule(step, peak_lr, final=0.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        x1 = augment(x1, draws1, args)  # n×3×s×s
-        x2 = augment(x2, draws2, args)
+        x1 = augment(*view1, args)  # n×3×s×s
+        x2 = augment(*view2, args)
         momentum_update(key_network, model, args.key_momentum)  # before the keys; nothing to do in the first step
-        with autocast:
+        with run.autocast:
             if args.version == "v2+":
                 q = network(x1, x2)  # 2n×d
-                keys = [encode_keys(key_network, x2, draws2), encode_keys(key_network, x1, draws1)]  # N×d each
+                keys = [
+                    encode_keys(key_network, x2, view2.draws),
+                    encode_keys(key_network, x1, view1.draws),
+                ]  # N×d each
             else:
                 q = network(x1)  # n×d
-                keys = [encode_keys(key_network, x2, draws2)]  # N×d
+                keys = [encode_keys(key_network, x2, view2.draws)]  # N×d
         k = torch.cat([everyone[my_rows(args.batch_size)] for everyone in keys])  # n×d or 2n×d, as q
         loss, terms = info_nce_loss(q, k, queue.keys, temperature)  # for v2+ the mean of both directions
         queue.enqueue(keys[0])  # after the loss: no key is its own negative
-        z1 = q  # watched for collapse
 
-        # --- shared: backward ---
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        # --- end shared: backward ---
-        # --- shared: step ---
-        scaler.step(optimizer)
-        scaler.update()
-        # --- end shared: step ---
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
         average_statistics(model, key_network)
-
-        # --- shared: report ---
-        run.log(step + 1, loss, terms, lr, z1)
-        run.evaluate(step + 1, model.backbone)
-        run.save(step + 1, model, state)
+        run.report(step + 1, loss, terms, lr, q)
     return run.close()
-    # --- end shared: report ---
 
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file, the paper and the official code differ
+#
+# (–: it does not say)  here                                   papers              official code
+#
+# learning rate         a cosine at every step, scaled with    v1: a tenth at      the same by epochs, not scaled
+#                       the batch size                         120, 160; v2:
+#                                                              a cosine
+# BatchNorm             --bn-groups parts of the batch; their  a part per GPU, 8   a part per GPU; running statistics
+#                       mean as running statistics                                 of the first
+# v2+                   mean of both directions; the keys of   –                   CIFAR-10 demo: their sum; the keys of
+#                       view 2 alone go to the queue (1)                           both views
+# flip                  before the colours: makes no odds (2)  –                   last
+# blur's kernel         Gaussian, a tenth of the image wide    –                   Pillow's box approximation
+# precision             bf16 on a GPU                          –                   float32, as --precision fp32
+# head in `cifar`       that of v2                             –                   demo: linear
+#
+# (1) So it holds K different images.
+# (2) Every step in between commutes with a flip.

@@ -14,94 +14,48 @@ gives every prototype the same total and every image the total 1. No gradient pa
 Multi-crop makes views cheap: small crops of small parts are predicted from, and only the two large ones have codes.
 A batch much smaller than K cannot use all prototypes equally: a queue of older embeddings joins it (`--queue-length`).
 
-    python swav.py                                            some minutes on two CPU cores
-    torchrun --nproc_per_node 4 swav.py --batch-size 1024     four processes share each batch
-    torchrun --nproc_per_node 8 swav.py --recipe imagenet --data-dir /data/imagenet
-
 What you should see: the loss starts a little above log K (4.2 at K = 64) and falls towards `entropy`, that of the
 codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K. Sick:
 the loss stays at log K with the accuracy near 1/K; then lower --epsilon or freeze the prototypes for longer.
 
-Where this file, the paper and the official code differ
-    LARS              on every tensor, biases and BatchNorm too, as the official code's LARC; in the denominator is the
-                      norm of gradient and decay together (LARC: the sum of their norms)
-    projector         no bias before BatchNorm, which removes it (official code: with one, whose gradient is nothing but
-                      rounding; LARC scales it up)
-    warm-up           linear from 0 (official code: from 0.3 to 4.8, one sixteenth of the peak)
-    Sinkhorn          factors of rows and columns instead of dividing the matrix: the same in two thirds of the time
-    scores            in float32 also under autocast (official code: half; bf16 would change the codes by some per cent)
-    queue             its rows are kept once for all processes (official code: each has the rows of its own images)
-    BatchNorm         over the images of all processes (official code, at batch 4096: of groups of eight GPUs)
-    blur              a Gaussian kernel of a tenth of the image (official code: Pillow's box approximation)
-    small images      two crops and few prototypes; `quick` has sharper codes, too (the paper has no small images)
+    python swav.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+
+Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
-    IMAGENET_MEAN,
     LARS,
     Crop,
     Draws,
+    Flags,
     Run,
     all_gather,
     backbone,
-    batches,
+    check_least,
+    check_positive,
     color_jitter,
-    cosine_schedule,
     distribute,
-    fail,
-    fit_batch_size,
+    full_precision,
     grayscale,
-    load_data,
-    load_encoder,
     my_rows,
     normalize,
     parse_args,
-    precision_of,
-    prepare,
     random_blur,
-    start_processes,
-    sync_batchnorm,
+    refuse,
 )
 
 
 @dataclass
-class Args:
-    # --- shared: args ---
-    recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
-    dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
-    image_size: int = 32  # side of the views in pixels
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
-    std: tuple[float, float, float] = (0.228, 0.224, 0.225)  # of the channels, for normalisation
-    arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
-    stem: Literal["imagenet", "small"] = "imagenet"  # small: 3x3 stride 1, no max-pooling, for 32-pixel images
-    batch_size: int = 128  # images per step over all processes; the default shrinks to fit a smaller dataset
-    epochs: int = 15  # passes over the training images
-    max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
-    train_limit: int = 0  # train on so many images, chosen at random; 0: all
-    base_lr: float = 3.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
-    weight_decay: float = 1e-6  # on which parameters: see `groups` in main
-    warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
-    seed: int = 0  # of the initial weights, the order and every augmentation
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
-    compile: bool = False  # torch.compile the network
-    workers: int = 2  # per process, for images that do not fit in memory
-    log_every: int = 10  # steps
-    eval_every: int = 5  # epochs between online kNN evaluations
-    save_every: int = 5  # epochs between checkpoints
-    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
-    overwrite: bool = False  # delete the run of that folder instead of continuing it
-    init: str = ""  # start from this encoder.pt or run folder
-    tensorboard: bool = False  # also write TensorBoard events
-    # --- end shared: args ---
+class Args(Flags):
+    std: tuple[float, float, float] = (0.228, 0.224, 0.225)  # as the official code
+    base_lr: float = 3.0
     temperature: float = 0.1  # T of the predictions; the codes have epsilon
     epsilon: float = 0.02  # sharpness of the codes: smaller is sharper; the paper: 0.05
     sinkhorn_iterations: int = 3  # of one normalisation over the batch and one over the prototypes
@@ -114,29 +68,26 @@ class Args:
     small_crops: int = 0  # views beside the two large ones; the paper, for large images: 6
     small_size: int = 16  # their side in pixels
     small_scale: tuple[float, float] = (0.14, 0.4)  # share of the area that they keep (ImageNet: 0.05 to 0.14)
-    crop_min_scale: float = 0.2  # smallest share of the area a large crop keeps; paper: 0.14 beside small ones
     jitter_strength: float = 0.5  # s, strength of the colour jitter; the paper, for large images: 1
-    flip: bool = True  # horizontal flip
-    color_jitter: bool = True  # brightness, contrast, saturation, hue
-    grayscale: bool = True  # drop the colour
-    blur: bool = False  # Gaussian blur; part of the paper's views, for large images
+
+
+LARGE_CROPS = 2  # the views that have codes
 
 
 RECIPES = {
     "quick": {},
     # From no paper: at 32 pixels, two crops and 512 prototypes instead of multi-crop and 3000.
     "cifar": dict(
-        dataset="cifar10", arch="resnet18", stem="small", batch_size=512, epochs=200, warmup_epochs=10, base_lr=1.0,
-        epsilon=0.05, prototypes=512, crop_min_scale=0.08, projector_hidden=2048, jitter_strength=0.5,
-        log_every=50, eval_every=10, save_every=10,
+        dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
+        batch_size=512, warmup_epochs=10, base_lr=1.0, crop_min_scale=0.08, epsilon=0.05, prototypes=512,
+        projector_hidden=2048,
     ),
     # The official code's longest run. With a batch of 256 it trains 200 or 400 epochs: --batch-size 256 --epochs 400
     # --base-lr 0.6 --warmup-epochs 0 --queue-length 3840.
     "imagenet": dict(
-        dataset="folder", image_size=224, arch="resnet50", batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3,
-        weight_decay=1e-6, epsilon=0.05, prototypes=3000, projector_hidden=2048, crop_min_scale=0.14, small_crops=6,
-        small_size=96, small_scale=(0.05, 0.14), jitter_strength=1.0, blur=True, workers=12,
-        log_every=50, eval_every=10, save_every=1,
+        dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
+        batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3, crop_min_scale=0.14, blur=True, epsilon=0.05,
+        prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96, small_scale=(0.05, 0.14), jitter_strength=1.0,
     ),
 }  # fmt: skip
 
@@ -145,20 +96,20 @@ def check(args: Args, images: int) -> None:
     """Refuse impossible values of this method's flags."""
     low, high = args.small_scale
     if args.prototypes < 2:
-        fail(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
-    if min(args.temperature, args.epsilon, args.sinkhorn_iterations) <= 0:
-        fail("--temperature, --epsilon and --sinkhorn-iterations must be positive")
+        refuse(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
+    check_positive(args, "temperature", "epsilon", "sinkhorn_iterations")
+    check_least(args, 1, "projector_hidden", "projector_dim")
     if not 0 <= args.small_crops <= 16:
-        fail(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")
+        refuse(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")
     if args.small_crops and not 1 <= args.small_size <= args.image_size:
-        fail(f"--small-size {args.small_size} must be 1 to --image-size {args.image_size}, or --small-crops 0")
+        refuse(f"--small-size {args.small_size} must be 1 to --image-size {args.image_size}, or --small-crops 0")
     if args.small_crops and not 0 < low <= high <= 1:
-        fail(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
+        refuse(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
     if not 0 <= args.queue_length <= images:
-        fail(f"--queue-length {args.queue_length} must be 0 to the number of training images, {images}")
+        refuse(f"--queue-length {args.queue_length} must be 0 to the number of training images, {images}")
     if args.queue_length % args.batch_size:
         fits = args.queue_length // args.batch_size * args.batch_size
-        fail(f"--queue-length {args.queue_length} is no multiple of --batch-size {args.batch_size}; take {fits}")
+        refuse(f"--queue-length {args.queue_length} is no multiple of --batch-size {args.batch_size}; take {fits}")
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -168,7 +119,7 @@ def crops(args: Args) -> list[Crop]:
     """The first step of each view, made where the image is decoded: two large crops, then the small ones."""
     large = Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear", flip=0.5 * args.flip)
     small = Crop(args.small_size, args.small_scale, "bilinear", flip=0.5 * args.flip)
-    return [large] * 2 + [small] * args.small_crops
+    return [large] * LARGE_CROPS + [small] * args.small_crops
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
@@ -181,75 +132,6 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     if args.blur:
         x = random_blur(x, draws, p=0.5)
     return normalize(x, args.mean, args.std)
-
-
-# ------------------------------------------------------------------------------------------------------- loss
-
-
-@torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
-    """Codes (n, K) of this rank's rows of scores (n, K): every row sums to 1, and over the rows of all ranks every
-    prototype has about the same total (eq. 5, by Sinkhorn and Knopp's algorithm).
-
-    Starts from exp(scores / epsilon); each iteration divides every column by its total, then every row by its own, so a
-    code ends as a distribution. (In the paper the totals become 1/K and 1/N; the next division cancels such constants.)
-    Three iterations do not reach equal totals, and need not. Only a factor for each row and column is kept: an
-    iteration is two products of the n×K matrix with a vector.
-    In float32 (float64 stays), also under autocast. Each row's maximum is taken out before exp and put back as the
-    factor the row starts with, so nothing overflows. A column's total counts as at least 4.5e-31, which touches only a
-    prototype whose every score lies 70 epsilon below the largest: impossible at epsilon 0.05, where cosines differ by
-    40 epsilon at most, possible at 0.02 (100).
-    """
-    if iterations < 1:
-        raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
-    with torch.autocast(scores.device.type, enabled=False):
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))  # n×K
-        top = scores.amax(1)  # n
-        q = (scores - top[:, None]).div_(epsilon).exp_()  # n×K
-        rows = ((top - all_gather(top).max()) / epsilon).exp()  # n
-        least = torch.finfo(q.dtype).tiny ** 0.8  # 4.5e-31: K times its reciprocal is still finite
-        for _ in range(iterations):
-            totals = all_gather((rows @ q)[None]).sum(0)  # K, over this rank, then over all
-            columns = totals.mean() / totals.clamp(min=least)  # K; any common factor would do, but it may not grow
-            rows = 1 / (q @ columns)  # n
-        return q * rows[:, None] * columns
-
-
-def swav_loss(
-    scores: list[Tensor],
-    num_assign: int,
-    temperature: float,
-    epsilon: float,
-    iterations: int,
-    queue_scores: list[Tensor] | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Swapped prediction (eq. 6) of this rank's scores of V views, (n, K) each; the first `num_assign` have codes.
-
-    The mean over the pairs of a code and another view, and over this rank's images; the mean of that over ranks is
-    the loss of the global batch. `queue_scores`, (m, K) for each view with a code: this rank's share of the queue,
-    whose rows count in Sinkhorn and nowhere else. In float32 (float64 stays). Terms: the mean entropy of the codes,
-    below which the loss cannot fall, and how often a prediction's first prototype is the code's. To take it elsewhere,
-    take `sinkhorn` and `all_gather` with it.
-    """
-    if not 1 <= num_assign <= len(scores) or len(scores) < 2:
-        raise ValueError(
-            f"SwAV needs at least two views, and codes of 1 to all of them, not {num_assign} of {len(scores)}"
-        )
-    losses, entropies, hits = [], [], []
-    with torch.autocast(scores[0].device.type, enabled=False):
-        scores = [s.to(torch.promote_types(s.dtype, torch.float32)) for s in scores]
-        log_p = [F.log_softmax(s / temperature, dim=1) for s in scores]  # n×K each
-        for i in range(num_assign):
-            older = [] if queue_scores is None else [queue_scores[i]]
-            q = sinkhorn(torch.cat([*older, scores[i]]), epsilon, iterations)  # (m+n)×K, a constant
-            q = q[-len(scores[i]) :]  # n×K: the queue's own codes are not wanted
-            entropies.append(torch.special.entr(q).sum(1).mean())
-            for v, log_p_v in enumerate(log_p):
-                if v != i:
-                    losses.append(-(q * log_p_v).sum(1).mean())
-                    hits.append((q.argmax(1) == log_p_v.argmax(1)).to(q.dtype).mean())
-    loss, entropy, accuracy = (torch.stack(each).mean() for each in (losses, entropies, hits))
-    return loss, {"entropy": entropy, "accuracy": accuracy}
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -271,9 +153,10 @@ class SwAV(nn.Module):
         self.prototypes = nn.Linear(d, args.prototypes, bias=False)  # row k of its weight is c_k
 
     def forward(self, views: list[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        h = self.backbone(torch.cat(views[:2]))  # 2n×3×s×s -> 2n×width
-        if len(views) > 2:
-            h = torch.cat([h, self.backbone(torch.cat(views[2:]))])  # Vn×width
+        large, small = views[:LARGE_CROPS], views[LARGE_CROPS:]
+        h = self.backbone(torch.cat(large))  # 2n×3×s×s -> 2n×width
+        if small:
+            h = torch.cat([h, self.backbone(torch.cat(small))])  # Vn×width
         z = self.projector(h)  # Vn×d
         with torch.autocast(z.device.type, enabled=False):  # small matrices, and the codes need exact scores
             z = F.normalize(z.to(self.prototypes.weight.dtype), dim=1)  # Vn×d
@@ -316,80 +199,125 @@ class Queue(nn.Module):
         return [prototypes(rows[my_rows(self.length)]) for rows in self.rows]
 
 
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+@torch.no_grad()
+def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+    """Codes (n, K) of this rank's rows of scores (n, K): every row sums to 1, and over the rows of all ranks every
+    prototype has about the same total (eq. 5, by Sinkhorn and Knopp's algorithm).
+
+    In the paper the totals become 1/K and 1/N; the next division cancels such constants. Three iterations do not reach
+    equal totals, and need not. In float32 (float64 stays), also under autocast.
+    """
+    if iterations < 1:
+        raise ValueError(f"Sinkhorn needs at least one iteration, not {iterations}")
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = full_precision(scores)  # n×K
+        # A common factor changes no code: with the largest score at exp(0), nothing overflows. The least, exp(-70) in
+        # float32, is nothing to a code, and keeps every total above 0. Cosines reach it at epsilon < 2/70 only.
+        least = 0.8 * math.log(torch.finfo(scores.dtype).tiny)
+        q = ((scores - all_gather(scores.amax()[None]).amax()) / epsilon).clamp(min=least).exp()  # n×K
+        for _ in range(iterations):
+            q /= all_gather(q.sum(0)[None]).sum(0)  # every prototype has the total 1, over the images of all ranks
+            q /= q.sum(1, keepdim=True)  # every image has the total 1: a code ends as a distribution
+        return q
+
+
+def swav_loss(
+    scores: list[Tensor],
+    num_assign: int,
+    temperature: float,
+    epsilon: float,
+    iterations: int,
+    queue_scores: list[Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Swapped prediction (eq. 6) of this rank's scores of V views, (n, K) each; the first `num_assign` have codes.
+
+    The mean over the pairs of a code and another view, and over this rank's images; the mean of that over ranks is
+    the loss of the global batch. `queue_scores`, (m, K) for each view with a code: this rank's share of the queue,
+    whose rows count in Sinkhorn and nowhere else. In float32 (float64 stays). Terms: the mean entropy of the codes,
+    below which the loss cannot fall, and how often a prediction's first prototype is the code's.
+    """
+    if not 1 <= num_assign <= len(scores) or len(scores) < 2:
+        raise ValueError(
+            f"SwAV needs at least two views, and codes of 1 to all of them, not {num_assign} of {len(scores)}"
+        )
+    losses, entropies, hits = [], [], []
+    with torch.autocast(scores[0].device.type, enabled=False):
+        scores = [full_precision(s) for s in scores]
+        log_p = [F.log_softmax(s / temperature, dim=1) for s in scores]  # n×K each
+        for i in range(num_assign):
+            older = scores[i][:0] if queue_scores is None else queue_scores[i]  # m×K
+            q = sinkhorn(torch.cat([older, scores[i]]), epsilon, iterations)  # (m+n)×K, a constant
+            q = q[len(older) :]  # n×K: the queue's own codes are not wanted
+            entropies.append(torch.special.entr(q).sum(1).mean())
+            for v, log_p_v in enumerate(log_p):
+                if v != i:
+                    losses.append(-(q * log_p_v).sum(1).mean())
+                    hits.append((q.argmax(1) == log_p_v.argmax(1)).to(q.dtype).mean())
+    loss, entropy, accuracy = (torch.stack(each).mean() for each in (losses, entropies, hits))
+    return loss, {"entropy": entropy, "accuracy": accuracy}
+
+
 # --------------------------------------------------------------------------------------------------- training
 
 
 def main(args: Args) -> dict[str, float]:
     """Train; return the last value of every metric."""
-    # --- shared: setup ---
-    args = prepare("swav", args, RECIPES)
-    device = start_processes()
-    dtype, autocast, scaler = precision_of(args, device)
-    train, test = load_data(args, device)
-    args = fit_batch_size(args, len(train))
-    torch.manual_seed(args.seed)
-    # --- end shared: setup ---
-    check(args, len(train))
+    run = Run("swav", args, RECIPES)  # processes, device, images, seed
+    args = run.args
+    check(args, len(run.train))
 
-    model = SwAV(args)
-    # --- shared: model ---
-    if args.init:
-        load_encoder(model.backbone, args.init)
-    model = sync_batchnorm(model.to(device, dtype, memory_format=torch.channels_last), device)
-    # --- end shared: model ---
+    model = run.place(SwAV(args))  # on the device; --init; BatchNorm over the images of all processes
     groups = [{"params": list(model.parameters())}]  # biases and BatchNorm as all others
-    # --- shared: optimizer ---
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    # --- end shared: optimizer ---
-    queue = state["queue"] = Queue(args.queue_length, args.projector_dim, device, dtype)
-    # --- shared: resume ---
-    run = Run(args, train, test, device, dtype, autocast)
-    run.resume(state)
-    if args.compile:
-        model.compile()
-    network = distribute(model, device)
-    views = batches(train, crops(args), args, run.first_step, run.last_step, device, dtype)
-    warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
-    if run.first_step == 0:
-        run.evaluate(0, model.backbone)
-    # --- end shared: resume ---
+    queue = Queue(args.queue_length, args.projector_dim, run.device, run.dtype)
+    run.start(model=model, optimizer=optimizer, queue=queue)  # goes on from the checkpoint, if there is one
+    network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
     frozen_steps = round(args.freeze_prototypes_epochs * run.steps_per_epoch)
 
-    for step, (x, draws) in enumerate(views, run.first_step):
-        lr = cosine_schedule(step, run.total_steps, warmup_steps, peak_lr, final=peak_lr / 1000)
+    for step, views in run.batches(crops(args)):
+        lr = run.schedule(step, peak_lr, final=peak_lr / 1000)
         for group in optimizer.param_groups:
             group["lr"] = lr
         normalize_prototypes(model.prototypes)
-        x = [augment(x_v, draws_v, args) for x_v, draws_v in zip(x, draws, strict=True)]  # n×3×s×s each
-        with autocast:
-            z, scores = network(x)  # n×d and n×K for each crop
+        xs = [augment(*view, args) for view in views]  # n×3×s×s each
+        with run.autocast:
+            zs, scores = network(xs)  # n×d and n×K for each crop
         older = queue.scores(model.prototypes)
-        loss, terms = swav_loss(scores, 2, args.temperature, args.epsilon, args.sinkhorn_iterations, older)
-        z1 = z[0]
+        loss, terms = swav_loss(scores, LARGE_CROPS, args.temperature, args.epsilon, args.sinkhorn_iterations, older)
 
-        # --- shared: backward ---
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        # --- end shared: backward ---
+        run.scaler.scale(loss).backward()
         if step < frozen_steps:
             model.prototypes.weight.grad = None  # no gradient: the optimizer leaves out decay and momentum, too
-        # --- shared: step ---
-        scaler.step(optimizer)
-        scaler.update()
-        # --- end shared: step ---
+        run.scaler.step(optimizer)
+        run.scaler.update()
         if args.queue_length and step >= args.queue_start_epoch * run.steps_per_epoch:
-            queue.push(z[:2])
-
-        # --- shared: report ---
-        run.log(step + 1, loss, terms, lr, z1)
-        run.evaluate(step + 1, model.backbone)
-        run.save(step + 1, model, state)
+            queue.push(zs[:LARGE_CROPS])
+        run.report(step + 1, loss, terms, lr, zs[0])
     return run.close()
-    # --- end shared: report ---
 
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file, the paper and the official code differ
+#
+# (–: it does not say)  here                                   paper      official code
+#
+# LARS                  of every tensor; divides by the norm   –          of every tensor (LARC); divides by the sum of
+#                       of gradient and decay together                    the norms of gradient and decay
+# projector             no bias before BatchNorm               –          one, with a gradient of rounding; LARC scales it up
+# warm-up               from 0                                 –          from 0.3 to 4.8: from a sixteenth of the peak
+# scores                in float32 under autocast, too (1)     –          fp16
+# queue                 its rows are kept once for all ranks   –          each rank has the rows of its own images
+# BatchNorm             over the images of all processes       –          of groups of eight GPUs, at batch 4096
+# blur's kernel         Gaussian, a tenth of the image wide    –          Pillow's box approximation
+# small images          two crops, few prototypes, and         –          –
+#                       sharper codes in `quick`
+#
+# (1) In bf16 they would change the codes by some per cent.
