@@ -1,34 +1,23 @@
 """Folders of every shape, files of every kind, and the order and sameness of batches."""
 
-import contextlib
-import dataclasses
+import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from methods import METHODS, module
-from PIL import Image, ImageOps
+import torchvision
+from methods import METHODS, metrics, module
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from common import Crop
 
-CPU, FLOAT = torch.device("cpu"), torch.float32
+CPU = torch.device("cpu")
+FP32, FP64 = (common.compute_in(precision, CPU)[0] for precision in ("fp32", "fp64"))
 close = torch.testing.assert_close
-
-
-@dataclasses.dataclass
-class Options:
-    dataset: str = "folder"
-    data_dir: str = ""
-    train_limit: int = 0
-    batch_size: int = 4
-    image_size: int = 16
-    seed: int = 0
-    workers: int = 0
-    mean: tuple = (0.0, 0.0, 0.0)
-    std: tuple = (1.0, 1.0, 1.0)
 
 
 def write(file: Path, size: tuple[int, int] = (20, 24), colour: int | None = None) -> None:
@@ -39,8 +28,12 @@ def write(file: Path, size: tuple[int, int] = (20, 24), colour: int | None = Non
     Image.fromarray(pixels.astype(np.uint8)).save(file)
 
 
-def load(root: Path, **options):
-    return common.load_data(Options(data_dir=str(root), **options), CPU)
+def load(root: Path, train_limit: int = 0) -> tuple[common.Data, common.Data | None]:
+    return common.load_data("folder", str(root), train_limit, CPU)
+
+
+def batches(data, crops, steps: range, workers: int = 0, batch_size: int = 4, compute=FP32) -> list[common.Batch]:
+    return list(common.batches(data, crops, steps, batch_size, 0, compute, workers))
 
 
 # ------------------------------------------------------------------------------------------------- layouts
@@ -126,29 +119,14 @@ def test_films_and_scientific_data_are_not_taken_for_images(tmp_path):
     assert len(load(tmp_path)[0]) == 1
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "tif"])
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_rotated_files_are_turned_once(tmp_path, suffix, orientation):
-    """Left half dark in the file: upright, the dark half is on the left, on the right, on top."""
-    pixels = np.full((24, 40, 3), 250, np.uint8)
-    pixels[:, :20] = 5
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
-    with Image.open(tmp_path / f"a.{suffix}") as image:
-        width, height = common.upright_size(image)
-        upright = np.asarray(common.to_rgb(image)).mean(2)
-    assert (width, height) == upright.shape[::-1] == ((24, 40) if orientation == 6 else (40, 24))
-    dark = upright < 100
-    want = {1: dark[:, : width // 2], 3: dark[:, width // 2 :], 6: dark[: height // 2]}[orientation]
-    assert want.mean() > 0.95 and dark.mean() < 0.55
-
-
-def test_train_limit_takes_a_random_subset_the_same_for_every_seed(tmp_path):
+def test_train_limit_takes_the_same_random_subset_whatever_torch_was_seeded_with(tmp_path):
     for i in range(20):
         write(tmp_path / f"{i:02}.png", (20 + i, 24))
-    everything = load(tmp_path)[0].files.tolist()
-    first, second = (load(tmp_path, train_limit=7, seed=s)[0].files.tolist() for s in (0, 1))
+    everything, subsets = load(tmp_path)[0].files.tolist(), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        subsets.append(load(tmp_path, train_limit=7)[0].files.tolist())
+    first, second = subsets
     assert first == second == sorted(first) and len(first) == 7 and first != everything[:7]
 
 
@@ -187,16 +165,37 @@ def test_every_mode_becomes_rgb_by_the_stated_rule(tmp_path):
     assert rgb(tmp_path / "one.png").shape == (1, 1, 3)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(tmp_path, orientation):
-    write(tmp_path / "a.png", (40, 24))
+# Where the first row and the first column of the file are seen, as the EXIF standard says it.
+ORIENTATION_MEANS = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", ORIENTATION_MEANS)
+def test_a_turned_file_is_turned_once_so_that_its_corners_are_where_exif_says(tmp_path, suffix, orientation):
+    """The quarters of the file are black, red, green and blue."""
+    colours = np.array([[(0, 0, 0), (255, 0, 0)], [(0, 255, 0), (0, 0, 255)]], np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.open(tmp_path / "a.png").save(tmp_path / "b.png", exif=exif)
-    with Image.open(tmp_path / "b.png") as image:
-        want = np.asarray(ImageOps.exif_transpose(image))
-        assert common.upright_size(image) == want.shape[1::-1]
-        assert np.array_equal(common.to_rgb(image), want)
+    file = tmp_path / f"a.{suffix}"
+    Image.fromarray(colours.repeat(16, 0).repeat(32, 1)).save(file, exif=exif, quality=95)  # 64 wide, 32 high
+    with Image.open(file) as image:
+        size, upright = common.upright_size(image), np.asarray(common.to_rgb(image)).astype(int)
+    first_row, first_column = ORIENTATION_MEANS[orientation]
+    assert size == upright.shape[1::-1] == ((64, 32) if first_row in ("top", "bottom") else (32, 64))
+    for (row, column), colour in zip(np.ndindex(2, 2), colours.reshape(4, 3), strict=True):
+        sides = {OPPOSITE[first_row] if row else first_row, OPPOSITE[first_column] if column else first_column}
+        seen = upright[-4 if "bottom" in sides else 3, -4 if "right" in sides else 3]
+        assert np.abs(seen - colour).max() < 30, sides
 
 
 ORIENTATIONS = {
@@ -240,11 +239,11 @@ def test_a_file_that_cannot_be_decoded_is_named_once_and_replaced(tmp_path, caps
     (tmp_path / "whole.jpg").unlink()
     train, _ = load(tmp_path)
     assert (train.pixels is None) == (sizes == "mixed")
-    views = list(common.batches(train, [Crop(16, (0.08, 1))] * 2, Options(), 0, 12, CPU, FLOAT))
+    seen = batches(train, [Crop(16, (0.08, 1))] * 2, range(12))
     said = capsys.readouterr().err
-    assert len(views) == 12 and all(view.isfinite().all() for crops, _ in views for view in crops)
+    assert len(seen) == 12 and all(view.x.isfinite().all() for batch in seen for view in batch)
     assert all(said.count(name) == 1 for name in bad) and said.count("\n") == 4
-    list(common.test_views(train, slice(None), Options(), CPU, FLOAT))
+    list(common.centred_views(train, range(16), 16, FP32, workers=0))
     assert capsys.readouterr().err == "", "they are known by now"
 
 
@@ -254,7 +253,7 @@ def test_more_than_ten_bad_files_stop_the_run(tmp_path, capsys):
     spoil(tmp_path, 11)
     train, _ = load(tmp_path)
     with pytest.raises(SystemExit) as end:
-        list(common.batches(train, [Crop(16, (0.08, 1))], Options(), 0, 40, CPU, FLOAT))
+        batches(train, [Crop(16, (0.08, 1))], range(40))
     assert end.value.code == 2 and "11 of 42 files cannot be decoded" in capsys.readouterr().err
 
 
@@ -278,64 +277,71 @@ def test_an_epoch_takes_every_image_at_most_once_and_no_short_batch(data):
     else:
         for i, file in enumerate(data.files):
             write(Path(file.decode()), (20 + i, 24), colour=i)
-    seen = [
-        (255 * crops[0][:, 0, 0, 0]).round().int().tolist()
-        for crops, _ in common.batches(data, CROPS, Options(), 0, 6, CPU, FLOAT)
-    ]
+    taken = batches(data, CROPS, range(6))
+    seen = [(255 * batch.views[0].x[:, 0, 0, 0]).round().int().tolist() for batch in taken]
     assert [len(batch) for batch in seen] == [4] * 6
     first, second = [i for b in seen[:3] for i in b], [i for b in seen[3:] for i in b]
     assert len(set(first)) == len(set(second)) == 12 and first != second
+    assert [batch.index.tolist() for batch in taken] == seen, "a batch says which images it took"
 
 
-def test_views_have_their_sizes_and_range(data):
-    (large, small), draws = next(common.batches(data, CROPS, Options(), 0, 1, CPU, FLOAT))
+def test_views_have_their_sizes_and_range_and_a_batch_its_labels(data):
+    data.labels = torch.arange(14) * 10
+    (batch,) = batches(data, CROPS, range(1))
+    (large, draws), (small, _) = batch
     assert large.shape == (4, 3, 16, 16) and small.shape == (4, 3, 8, 8)
-    assert large.dtype == FLOAT and large.min() >= 0 and large.max() <= 1
-    assert draws[0].chance(0.5).shape == (4,)
+    assert large.dtype == torch.float32 and large.min() >= 0 and large.max() <= 1
+    assert draws.chance(0.5).shape == (4,)
+    assert torch.equal(batch.labels, 10 * batch.index)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
 def test_any_start_any_number_of_workers_gives_the_same_views(data):
-    def steps(first, workers):
-        options = Options(workers=workers)
-        return [
-            (views, [d.uniform(0, 1) for d in draws])
-            for views, draws in common.batches(data, CROPS, options, first, 5, CPU, FLOAT)
-        ]
+    def steps(first: int, workers: int) -> list[list[torch.Tensor]]:
+        taken = batches(data, CROPS, range(first, 5), workers)
+        return [[t for x, draws in batch for t in (x, draws.uniform(0, 1))] for batch in taken]
 
     want = steps(0, 0)
     for first, workers in [(0, 0), (2, 0), (4, 0)] + ([(0, 1), (3, 3)] if data.pixels is None else []):
-        for (views, draws), (other, other_draws) in zip(want[first:], steps(first, workers), strict=True):
-            for a, b in zip([*views, *draws], [*other, *other_draws], strict=True):
+        for expected, got in zip(want[first:], steps(first, workers), strict=True):
+            for a, b in zip(expected, got, strict=True):
                 close(a, b, rtol=0, atol=0)
 
 
 def test_the_order_of_an_epoch_and_the_draws_of_a_step_share_no_numbers():
-    data, args = common.patterns("train", 8), Options(batch_size=8)
-    orders = [order.tolist() for _, order in common.batch_indices(8, args, 0, 4)]  # one step per epoch
-    for _, draws in common.batches(data, [Crop(8, (1, 1), "bilinear")] * 2, args, 0, 4, CPU, FLOAT):
-        for key in (d.generator.bit_generator.seed_seq for d in draws):
+    data = common.patterns("train", 8)
+    orders = [order.tolist() for _, order in common.batch_indices(8, 8, range(4), seed=0)]  # one step per epoch
+    for batch in batches(data, [Crop(8, (1, 1), "bilinear")] * 2, range(4), batch_size=8):
+        for key in (view.draws.generator.bit_generator.seed_seq for view in batch):
             assert np.random.default_rng(key).permutation(8).tolist() not in orders
 
 
 def test_every_rank_takes_its_slice_of_the_same_batch(data, monkeypatch):
-    def steps():
-        return [views for views, _ in common.batches(data, CROPS, Options(), 0, 4, CPU, torch.float64)]
-
-    want, world = steps(), 2
+    want, world = batches(data, CROPS, range(4), compute=FP64), 2
     for rank in range(world):
         monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, world))
-        for views, whole in zip(steps(), want, strict=True):
-            for part, full in zip(views, whole, strict=True):
-                close(part, full[rank * 2 : rank * 2 + 2], rtol=0, atol=1e-12)
+        for batch, whole in zip(batches(data, CROPS, range(4), compute=FP64), want, strict=True):
+            assert torch.equal(batch.index, whole.index) and torch.equal(batch.labels, whole.labels)
+            for part, full in zip(batch, whole, strict=True):
+                close(part.x, full.x[rank * 2 : rank * 2 + 2], rtol=0, atol=1e-12)
 
 
-def test_test_views_are_central_and_normalised(data):
-    options = Options(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    (views,) = common.test_views(data, slice(3, 9), options, CPU, FLOAT)
-    assert views.shape == (6, 3, 16, 16) and views.min() < -1 and views.max() > 1
-    assert common.centre_box(16, 16, 16) == [0, 0, 16, 16], "images of the right size are taken whole"
-    assert common.centre_box(256, 320, 224) == [16, 48, 224, 224]
+def test_test_views_are_the_images_asked_for_in_their_order_and_in_range(data):
+    (views,) = common.centred_views(data, range(3, 9), 16, FP32, workers=0)
+    assert views.shape == (6, 3, 16, 16) and views.min() >= 0 and views.max() <= 1 and views.std() > 0.1
+    for row, view in zip(range(3, 9), views, strict=True):
+        ((alone,),) = common.centred_views(data, range(row, row + 1), 16, FP32, workers=0)
+        close(view, alone)
+    assert len(views.unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize(
+    "height, width, size, box",
+    [(16, 16, 16, [0, 0, 16, 16]), (256, 320, 224, [16, 48, 224, 224]), (64, 64, 32, [4, 4, 56, 56])],
+    ids=["images of the right size are taken whole", "ImageNet", "square"],
+)
+def test_the_centre_of_an_image(height, width, size, box):
+    assert common.centre_box(height, width, size) == box
 
 
 class Waits(TorchDispatchMode):
@@ -362,15 +368,97 @@ def test_making_views_never_waits_for_the_device(method):
     data.pixels = data.pixels.to(meta)
     shares = {"blur": 0.5, "solarization": 0.5} if method in ("vicreg", "barlow", "byol") else {}
     with Waits() as waits:
-        for views, draws in common.batches(data, script.crops(args), args, 0, 2, meta, FLOAT):
-            for x, draws_of_x in zip(views, draws, strict=True):
-                assert script.augment(x, draws_of_x, args, **shares).shape == x.shape
+        compute, _ = common.compute_in("fp32", meta)
+        for batch in common.batches(data, script.crops(args), range(2), args.batch_size, args.seed, compute):
+            for x, draws in batch:
+                assert script.augment(x, draws, args, **shares).shape == x.shape
     assert waits.count == 0
 
 
-def test_features_are_those_of_each_image_in_its_place():
+@pytest.mark.parametrize("mean, std", [((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), ((0.1, 0.2, 0.3), (0.5, 0.25, 2.0))])
+def test_features_are_those_of_each_normalised_image_in_its_place(mean, std):
     """More images than two batches of the test views, and a network that was in training mode."""
     data, net = common.patterns("test", 700), torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-    got = common.features(net, data, Options(image_size=32), CPU, FLOAT, contextlib.nullcontext())
-    close(got, net(data.pixels / 255))
+    got = common.Judge(32, mean, std, FP32, workers=0).features(net, data)
+    x = data.pixels / 255
+    want = torch.stack([(x[:, channel] - mean[channel]) / std[channel] for channel in range(3)], 1)
+    close(got, net(want))
     assert net.training
+
+
+# ------------------------------------------------------------------------------------- torchvision's datasets
+
+
+def write_archive(root: Path, name: str, monkeypatch) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A few images in the files of `name`: training pixels (N, 3, H, W), labels and the names of the classes.
+
+    CIFAR holds rows of red, green and blue planes; STL-10 holds planes column by column, and labels from 1.
+    """
+    kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}[name]
+    kind = getattr(torchvision.datasets, kind)
+    for files in ("train_list", "test_list"):  # the sums are those of the full files
+        monkeypatch.setattr(kind, files, [[file, None] for file, _ in getattr(kind, files)])
+    if name != "stl10":
+        monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": None})
+    random, folder = np.random.default_rng(0), root / kind.base_folder
+    folder.mkdir(parents=True)
+    classes = [f"class {i}" for i in range(10 if name != "cifar100" else 100)]
+    side = 96 if name == "stl10" else 32
+    pixels, labels = random.integers(0, 256, (16, 3, side, side), np.uint8), random.permutation(16) % 10
+    if name == "stl10":
+        (folder / "class_names.txt").write_text("\n".join(classes))
+        for split, rows in (("train", slice(0, 10)), ("unlabeled", slice(10, 16)), ("test", slice(0, 6))):
+            pixels[rows].transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")
+            (labels[rows] + 1).astype(np.uint8).tofile(folder / f"{split}_y.bin")
+        (folder / "unlabeled_y.bin").unlink()  # nobody labelled these
+        return pixels, np.concatenate([labels[:10], [-1] * 6]), classes
+    key = "labels" if name == "cifar10" else "fine_labels"
+    parts = np.array_split(np.arange(16), len(kind.train_list))
+    for (file, _), rows in zip([*kind.train_list, *kind.test_list], [*parts, np.arange(6)], strict=True):
+        entry = {"data": pixels[rows].reshape(len(rows), -1), key: labels[rows].tolist()}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps({kind.meta["key"]: classes}))
+    return pixels, labels, classes
+
+
+DATASETS = ["cifar10", "cifar100", "stl10"]
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_torchvisions_datasets_keep_their_pixels_labels_and_classes(name, tmp_path, monkeypatch):
+    pixels, labels, classes = write_archive(tmp_path, name, monkeypatch)
+    train, test = common.load_data(name, str(tmp_path), 0, CPU)
+    assert train.pixels.dtype == torch.uint8 and np.array_equal(train.pixels, pixels)
+    assert train.labels.dtype == torch.int64 and train.labels.tolist() == labels.tolist()
+    assert np.array_equal(test.pixels, pixels[:6]) and test.labels.tolist() == labels[:6].tolist()
+    assert train.classes == test.classes == classes
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_dataset_that_is_missing_where_there_is_no_network_is_answered_in_one_line(
+    name, tmp_path, monkeypatch, capsys
+):
+    def unreachable(*_, **__):
+        raise OSError("the network is unreachable")
+
+    for library in (torchvision.datasets.cifar, torchvision.datasets.stl10):
+        monkeypatch.setattr(library, "download_and_extract_archive", unreachable)
+    with pytest.raises(SystemExit) as end:
+        common.load_data(name, str(tmp_path), 0, CPU)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert f"--dataset {name}" in said and str(tmp_path) in said and "the network is unreachable" in said
+
+
+def test_the_cifar_recipe_finds_its_dataset_in_the_folder_data_and_trains(tmp_path, monkeypatch):
+    write_archive(tmp_path / "data", "cifar10", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    line = "--recipe cifar --arch resnet10 --image-size 16 --batch-size 8 --max-steps 2 --log-every 1 --run-dir run"
+    line += " --projector-hidden 24 --projector-dim 40"
+    script = module("barlow")
+    script.main(common.parse_args(script.Args, script.RECIPES, line.split()))
+    records = metrics(tmp_path / "run")
+    assert [record["step"] for record in records if "loss" in record] == [1, 2]
+    assert [record["step"] for record in records if "knn_top1" in record] == [0, 2]
+    args = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert args["dataset"] == "cifar10" and args["stem"] == "small"
