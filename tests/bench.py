@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import barlow
 import byol
 import common
-import swav
 import vicreg
 from common import LARS
 
@@ -174,8 +173,10 @@ def usual_views(v, size: int, first: list, last: list) -> list:
 
 
 def our_views(data: common.Data, args: vicreg.Args, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for (x1, x2), (draws1, draws2) in common.batches(data, vicreg.crops(args), args, 0, 10**6, device, torch.float32):
-        yield vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)
+    compute, _ = common.compute_in("fp32", device)
+    crops, steps = vicreg.crops(args), range(10**6)
+    for view1, view2 in common.batches(data, crops, steps, args.batch_size, args.seed, compute, args.workers):
+        yield vicreg.augment(*view1, args, 1.0, 0.0), vicreg.augment(*view2, args, 0.1, 0.2)
 
 
 def bench_views(device: torch.device, target: float) -> None:
@@ -259,27 +260,6 @@ def bench_average(device: torch.device, target: float) -> None:
     for p, q in zip(looped.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(p, q)
     row("moving average of ResNet-50", *compare(loop, here, device), target)
-
-
-def bench_sinkhorn(device: torch.device, target: float) -> None:
-    @torch.no_grad()
-    def published(scores: Tensor) -> Tensor:
-        q = torch.exp(scores / 0.05).t()  # prototypes×samples
-        q /= torch.sum(q)
-        for _ in range(3):
-            q /= torch.sum(q, dim=1, keepdim=True)
-            q /= q.shape[0]
-            q /= torch.sum(q, dim=0, keepdim=True)
-            q /= q.shape[1]
-        q *= q.shape[1]
-        return q.t()
-
-    for n in (256, 4096):
-        views, prototypes = (nn.functional.normalize(torch.randn(k, 128, device=device), dim=1) for k in (n, 3000))
-        scores = views @ prototypes.T
-        torch.testing.assert_close(swav.sinkhorn(scores), published(scores), rtol=1e-3, atol=1e-6)
-        seconds = compare(partial(published, scores), partial(swav.sinkhorn, scores), device)
-        row(f"SwAV Sinkhorn, {n} images, 3000 prototypes", *seconds, target)
 
 
 # -------------------------------------------------------------------------------------------------- whole steps
@@ -432,7 +412,6 @@ ROWS: dict[str, Callable[[torch.device, bool], None]] = {
     "views": lambda d, cuda: bench_views(d, 50.0 if cuda else 4.0),
     "lars": lambda d, cuda: bench_lars(d, 5.0 if cuda else 1.2),
     "average": lambda d, cuda: bench_average(d, 5.0 if cuda else 1.0),
-    "sinkhorn": lambda d, cuda: bench_sinkhorn(d, 1.5 if cuda else 1.0),
     "step": lambda d, cuda: bench_step(d, 4.0 if cuda else 1.3, 0.95 if cuda else 0.85),
     "folder": lambda d, cuda: bench_folder(d, 1.5 if cuda else 1.3),
     "start": lambda d, cuda: bench_start(d),

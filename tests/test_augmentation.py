@@ -8,7 +8,7 @@ import torchvision.transforms.v2.functional as TF
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image, ImageOps
+from PIL import Image
 
 import common
 from common import Crop, Draws
@@ -107,6 +107,19 @@ def test_neutral_parameters_change_nothing_and_inputs_are_left_alone(name):
     close(x, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["color_jitter", "grayscale", "solarize", "normalize"])
+def test_images_of_whole_numbers_are_refused(name):
+    """They are not in [0, 1]: whatever came out would be wrong, and silently so."""
+    x, draws = (255 * images()).byte(), Draws((0,), 6)
+    with pytest.raises(TypeError, match="divide them by 255"):
+        {
+            "color_jitter": lambda: common.color_jitter(x, draws, 0.4, 0.4, 0.2, 0.1, p=1.0),
+            "grayscale": lambda: common.grayscale(x, draws.chance(1.0)),
+            "solarize": lambda: common.solarize(x, draws.chance(1.0)),
+            "normalize": lambda: common.normalize(x, common.IMAGENET_MEAN, common.IMAGENET_STD),
+        }[name]()
+
+
 # ---------------------------------------------------------------------------------------------------- draws
 
 
@@ -159,12 +172,12 @@ def test_boxes_are_distributed_as_torchvision_draws_them():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_cut_equals_torchvision_on_the_decoded_image(tmp_path, interpolation):
+def test_decoded_crops_equal_torchvisions_on_the_decoded_image(tmp_path, interpolation):
     pixels = (255 * images(1, 48, 64)[0]).byte()
     TF.to_pil_image(pixels).save(tmp_path / "a.png")
     box, crop = [5, 7, 30, 41], Crop(24, (0.08, 1), interpolation)
     with Image.open(tmp_path / "a.png") as image:
-        (got,) = common.cut(image, [box], [crop])
+        (got,) = common.decode_crops(image, [box], [crop])
     want = TF.resized_crop(TF.to_pil_image(pixels), *box, [24, 24], MODES[interpolation], antialias=True)
     close(got, TF.pil_to_tensor(want), rtol=0, atol=0)
 
@@ -174,7 +187,7 @@ def test_a_large_jpeg_decoded_at_reduced_size_gives_nearly_the_same_view(tmp_pat
     TF.to_pil_image(smooth).save(tmp_path / "a.jpg", quality=95)
     box, crop = [10, 20, 400, 450], Crop(64, (0.08, 1))
     with Image.open(tmp_path / "a.jpg") as image:
-        (got,) = common.cut(image, [box], [crop])
+        (got,) = common.decode_crops(image, [box], [crop])
         assert image.size == (128, 128), "400 / 64 allows a quarter"
     with Image.open(tmp_path / "a.jpg") as image:
         want = TF.resized_crop(image.convert("RGB"), *box, [64, 64], MODES["bicubic"], antialias=True)
@@ -183,15 +196,14 @@ def test_a_large_jpeg_decoded_at_reduced_size_gives_nearly_the_same_view(tmp_pat
 
 def test_upright_boxes_on_a_turned_photograph(tmp_path):
     """A camera stores the image on its side and says so in EXIF: boxes are those of the upright image."""
-    pixels = (255 * images(1, 40, 60)[0]).byte()
+    pixels = (255 * images(1, 40, 60)[0]).byte()  # the first row is to be seen on the right: a quarter turn
     exif = Image.Exif()
     exif[0x0112] = 6
     TF.to_pil_image(pixels).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
         assert common.upright_size(image) == (40, 60)
-        (got,) = common.cut(image, [[10, 3, 40, 30]], [Crop(20, (0.08, 1))])
-    with Image.open(tmp_path / "a.png") as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        (got,) = common.decode_crops(image, [[10, 3, 40, 30]], [Crop(20, (0.08, 1))])
+    upright = TF.to_pil_image(pixels.rot90(-1, (1, 2)))
     want = TF.resized_crop(upright, 10, 3, 40, 30, [20, 20], MODES["bicubic"], antialias=True)
     close(got, TF.pil_to_tensor(want), rtol=0, atol=0)
 
