@@ -18,11 +18,11 @@ def draw_views() -> None:
     """Eight images of patterns, and the two views of each before normalisation."""
     args = vicreg.Args(batch_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     data = common.patterns("train", 8)
-    views = common.batches(data, vicreg.crops(args), args, 0, 1, torch.device("cpu"), torch.float32)
-    (x1, x2), (draws1, draws2) = next(views)
-    ((_, order),) = common.batch_indices(8, args, 0, 1)
-    rows = [data.pixels[torch.from_numpy(order)] / 255]
-    rows += [vicreg.augment(x1, draws1, args, 1.0, 0.0), vicreg.augment(x2, draws2, args, 0.1, 0.2)]
+    compute, _ = common.compute_in("fp32", torch.device("cpu"))
+    (batch,) = common.batches(data, vicreg.crops(args), range(1), args.batch_size, args.seed, compute)
+    view1, view2 = batch
+    rows = [data.pixels[batch.index] / 255]
+    rows += [vicreg.augment(*view1, args, 1.0, 0.0), vicreg.augment(*view2, args, 0.1, 0.2)]
     figure, axes = plt.subplots(3, 8, figsize=(8, 3.2))
     for axis_row, row, name in zip(axes, rows, ("image", "view 1", "view 2"), strict=True):
         for axis, image in zip(axis_row, row, strict=True):

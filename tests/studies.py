@@ -16,6 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common
+import vicreg
+
 ROOT = Path(__file__).parent.parent
 SHORT = "--epochs 4 --warmup-epochs 1"
 PROBE = ("--epochs", "30")  # of the linear classifier
@@ -40,8 +47,8 @@ STUDIES = {
         "only crop and flip": f"vicreg.py {SHORT} {ONLY_CROPS}",
     },
     "covariance": {
-        "5000 images": f"vicreg.py {SHORT} --val-loss --eval-every 1",
-        "512 images": "vicreg.py --epochs 40 --warmup-epochs 10 --train-limit 512 --val-loss --eval-every 8",
+        "5000 images": f"vicreg.py {SHORT} --eval-every 1",
+        "512 images": "vicreg.py --epochs 40 --warmup-epochs 10 --train-limit 512 --eval-every 8",
     },
     "regularisers": {
         f"{name}{what}{how}": f"{script} --epochs 4 {switch}{coefficients}".strip()
@@ -63,16 +70,65 @@ STUDIES = {
 
 def run(command: str, cifar: str) -> Path:
     """The run folder of a command, after running it if it was not run to its end."""
-    vicreg = str(ROOT / "runs" / "studies" / folder_name(STUDIES["collapse"]["VICReg"]))
-    folder = ROOT / "runs" / "studies" / folder_name(command)
+    folder = folder_of(command)
     if not (folder / "done").exists():
-        line = shlex.split(command.replace("CIFAR", cifar).replace("VICREG", vicreg))
-        print("$ python", *line, flush=True)
-        subprocess.run(
-            [sys.executable, *line, "--run-dir", str(folder)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
-        )
+        frozen = str(folder_of(STUDIES["collapse"]["VICReg"]))
+        start(command.replace("CIFAR", cifar).replace("VICREG", frozen), folder)
         (folder / "done").touch()
     return folder
+
+
+def run_in_stages(command: str) -> Path:
+    """The same for VICReg, but the run stops every --eval-every epochs, and is then looked at: see terms.jsonl.
+
+    A run stops where --max-steps says, and the same command with more of them continues it.
+    """
+    folder = folder_of(command)
+    args = common.parse_args(vicreg.Args, vicreg.RECIPES, shlex.split(command)[1:])
+    train, _ = common.load_data(args.dataset, args.data_dir, args.train_limit, torch.device("cpu"))
+    epoch = len(train) // common.fit_batch_size(args, len(train))  # steps
+    last = args.epochs * epoch
+    seen = [record["step"] for record in lines(folder / "terms.jsonl")]
+    for step in (*range(args.eval_every * epoch, last, args.eval_every * epoch), last):
+        if step not in seen:
+            start(f"{command} --max-steps {step}", folder)
+            with open(folder / "terms.jsonl", "a") as file:
+                print(json.dumps({"step": step, **frozen_terms(folder)}), file=file)
+    return folder
+
+
+def start(command: str, folder: Path) -> None:
+    line = [*shlex.split(command), "--run-dir", str(folder)]
+    print("$ python", *line, flush=True)
+    subprocess.run([sys.executable, *line], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@torch.no_grad()
+def frozen_terms(folder: Path) -> dict[str, float]:
+    """VICReg's terms on views of the test images (`val_covariance`, ...) and of as many training images
+    (`train_covariance`, ...), means over batches. The network is the one in the run folder, in eval mode: BatchNorm
+    uses its running statistics. Every call takes the same images and views.
+    """
+    args = vicreg.Args(**json.loads((folder / "args.json").read_text()))
+    model = vicreg.VICReg(args).eval()
+    encoder, heads = (torch.load(folder / name) for name in ("encoder.pt", "heads.pt"))
+    model.load_state_dict({f"backbone.{name}": weight for name, weight in encoder.items()} | heads)
+    compute, _ = common.compute_in("fp32", torch.device("cpu"))
+    train, test = common.load_data(args.dataset, args.data_dir, args.train_limit, compute.device)
+    steps, means = range(len(test) // args.batch_size), {}
+    for split, data in (("train", train), ("val", test)):
+        rows = []
+        for view1, view2 in common.batches(data, vicreg.crops(args), steps, args.batch_size, args.seed, compute):
+            x1 = vicreg.augment(*view1, args, blur=1.0, solarization=0.0)
+            x2 = vicreg.augment(*view2, args, blur=0.1, solarization=0.2)
+            _, terms = vicreg.vicreg_loss(*model(x1, x2))
+            rows.append(terms)
+        means |= {f"{split}_{name}": torch.stack([row[name] for row in rows]).mean().item() for name in terms}
+    return means
+
+
+def folder_of(command: str) -> Path:
+    return ROOT / "runs" / "studies" / folder_name(command)
 
 
 def folder_name(command: str) -> str:
@@ -92,9 +148,9 @@ def judge(folder: Path, protocol: str, *flags: str) -> dict:
     return lines(output / "results.jsonl")[-1]
 
 
-def curve(folder: Path, name: str) -> tuple[list[int], list[float]]:
+def curve(folder: Path, name: str, file: str = "metrics.jsonl") -> tuple[list[int], list[float]]:
     """Steps and values of one metric."""
-    records = [record for record in lines(folder / "metrics.jsonl") if name in record]
+    records = [record for record in lines(folder / file) if name in record]
     return [record["step"] for record in records], [record[name] for record in records]
 
 
@@ -124,7 +180,7 @@ def draw_covariance(folders: dict[str, Path]) -> None:
     figure, axes = plt.subplots(1, len(folders), figsize=(8, 2.8), sharey=True, layout="constrained")
     for axis, (label, folder) in zip(axes, folders.items(), strict=True):
         for split, name in (("train", "training images"), ("val", "held-out images")):
-            axis.plot(*curve(folder, f"{split}_covariance"), "o-", label=name)
+            axis.plot(*curve(folder, f"{split}_covariance", "terms.jsonl"), "o-", label=name)
         axis.set(title=label, xlabel="step", yscale="log")
     axes[0].set_ylabel("covariance term")
     axes[0].legend(fontsize=8)
@@ -132,7 +188,11 @@ def draw_covariance(folders: dict[str, Path]) -> None:
 
 
 def report(study: str, cifar: str) -> None:
-    folders = {label: run(command, cifar) for label, command in STUDIES[study].items()}
+    commands = STUDIES[study].items()
+    if study == "covariance":
+        folders = {label: run_in_stages(command) for label, command in commands}
+    else:
+        folders = {label: run(command, cifar) for label, command in commands}
     limit = ("--train-limit", "5000") if study == "transfer" else ()  # as many labels as patterns has
     print(f"\n| {study} | untrained kNN | kNN | linear | spread of z, 1 if isotropic |\n|---|---|---|---|---|")
     for label, folder in folders.items():
@@ -149,7 +209,7 @@ def report(study: str, cifar: str) -> None:
     if study == "covariance":
         draw_covariance(folders)
         for label, folder in folders.items():
-            train, val = (curve(folder, f"{split}_covariance")[1][-1] for split in ("train", "val"))
+            train, val = (lines(folder / "terms.jsonl")[-1][f"{split}_covariance"] for split in ("train", "val"))
             print(f"{label}: covariance term {train:.2f} on training images, {val:.2f} on held-out ones")
 
 

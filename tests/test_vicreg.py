@@ -1,15 +1,17 @@
 """VICReg's loss against an independent oracle, the official numbers, and the properties its paper builds on."""
 
 import copy
+import shlex
 from pathlib import Path
 
 import oracles
 import pytest
+import studies
 import torch
 import vectors
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from methods import metrics, small_folder, tiny
+from methods import command, small_folder, tiny
 from strategies import matrices, numbers, pairs, spread
 
 import common
@@ -147,42 +149,47 @@ def test_one_image_is_refused():
         vicreg_loss(torch.zeros(1, 3), torch.zeros(1, 3))
 
 
-# --------------------------------------------------------------------------------------------------- --val-loss
+# --------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_the_loss_on_held_out_images_is_logged_and_changes_nothing(tmp_path):
-    """Against the loss of the saved network in eval mode, on the same views, computed here."""
-    plain, logged = tiny("vicreg", tmp_path / "a"), tiny("vicreg", tmp_path / "b", val_loss=True)
-    vicreg.main(plain)
-    vicreg.main(logged)
-    a, b = (torch.load(tmp_path / run / "encoder.pt") for run in "ab")
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    records = [record for record in metrics(tmp_path / "b") if "val_loss" in record]
+def test_the_study_of_held_out_images_takes_the_run_in_stages_and_the_terms_of_its_frozen_network(
+    tmp_path, monkeypatch
+):
+    """The terms against plain loops over the embeddings of the kept weights."""
+    started = []
+
+    def start(line: str, folder: Path) -> None:
+        started.append(line)
+        vicreg.main(common.parse_args(vicreg.Args, vicreg.RECIPES, shlex.split(line)[1:]))
+
+    monkeypatch.setattr(studies, "folder_of", lambda line: tmp_path / "run")
+    monkeypatch.setattr(studies, "start", start)
+    line = shlex.join(command("vicreg", tmp_path / "run", epochs=3, eval_every=2)[1:])
+    folder = studies.run_in_stages(line)
+    assert [line.split()[-1] for line in started] == ["8", "12"]
+    records = studies.lines(folder / "terms.jsonl")
     assert [record["step"] for record in records] == [8, 12]
+    assert studies.run_in_stages(line) == folder and len(started) == 2, "what is there is not taken again"
 
-    device, dtype, _ = how = (torch.device("cpu"), torch.float32, torch.autocast("cpu", enabled=False))
-    model = vicreg.VICReg(logged)
-    weights = torch.load(tmp_path / "b" / "encoder.pt")
-    heads = torch.load(tmp_path / "b" / "heads.pt")
-    model.load_state_dict({f"backbone.{name}": value for name, value in weights.items()} | heads)
-    model.eval()
-    train, test = common.load_data(logged, device)
+    encoder, heads = (torch.load(folder / name) for name in ("encoder.pt", "heads.pt"))
+    args = tiny("vicreg", folder)
+    trunk, _ = common.backbone("resnet10", "imagenet", zero_init=False)
+    trunk.load_state_dict(encoder)
+    linear, batchnorm = torch.nn.Linear, torch.nn.BatchNorm1d
+    hidden = [layer for width in (512, 24) for layer in (linear(width, 24), batchnorm(24), torch.nn.ReLU())]
+    expander = torch.nn.Sequential(*hidden, linear(24, 40, bias=False))
+    expander.load_state_dict({name.removeprefix("expander."): weight for name, weight in heads.items()})
+    embed = torch.nn.Sequential(trunk, expander).eval()
+    compute, _ = common.compute_in("fp32", torch.device("cpu"))
+    train, test = common.load_data("folder", small_folder(), 0, compute.device)  # 64 and 40 images
     for split, data in (("train", train), ("val", test)):
-        losses = []
-        for (x1, x2), (d1, d2) in common.batches(data, vicreg.crops(logged), logged, 0, 2, device, dtype):  # of 16
-            x1, x2 = vicreg.augment(x1, d1, logged, 1.0, 0.0), vicreg.augment(x2, d2, logged, 0.1, 0.2)
-            losses.append(vicreg_loss(model.expander(model.backbone(x1)), model.expander(model.backbone(x2)))[0].item())
-        assert records[-1][f"{split}_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    terms = vicreg.held_out_terms(model.train(), train, test, logged, how)
-    assert terms == pytest.approx({name: records[-1][name] for name in terms}) and len(terms) == 8
-    assert model.training
-
-
-def test_the_loss_on_held_out_images_needs_such_images(tmp_path, capsys):
-    args = tiny("vicreg", tmp_path, val_loss=True, data_dir=str(Path(small_folder()) / "train"))
-    with pytest.raises(SystemExit) as end:
-        vicreg.main(args)
-    assert end.value.code == 2 and "--val-loss" in capsys.readouterr().err
+        terms = []
+        for view1, view2 in common.batches(data, vicreg.crops(args), range(2), 16, args.seed, compute):
+            x1, x2 = vicreg.augment(*view1, args, 1.0, 0.0), vicreg.augment(*view2, args, 0.1, 0.2)
+            terms.append(oracles.vicreg(embed(x1).tolist(), embed(x2).tolist()))
+        for name in ("invariance", "variance", "covariance"):
+            mean = (terms[0][name] + terms[1][name]) / 2
+            assert records[-1][f"{split}_{name}"] == pytest.approx(mean, rel=1e-4), (split, name)
 
 
 @pytest.mark.parametrize("flags", [{"std_coeff": -1.0}, {"cov_coeff": float("nan")}, {"expander_dim": 0}])
