@@ -2,12 +2,11 @@
 
 In the order in which a method's `main` meets it:
 
-    command line    Flags, parse_args, refuse, abort, warn
+    command line    Flags, parse_args, warn, refuse, abort
     the run         Run, and its three parts: RunFolder (kept), Log (said), Judge (what features are worth)
     processes       start_processes, all_gather, my_rows, SyncBatchNorm, distribute, full_precision
     images          Data, load_data: folders, torchvision's datasets, files decoded by workers, ten procedural textures
-    networks        backbone, read_weights
-    optimizer       LARS, cosine_schedule
+    networks        backbone, read_weights; LARS, cosine_schedule
     batches         Draws, Crop, View, Batch, batches: who sees which images, with which random numbers
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
@@ -19,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 import os
@@ -41,30 +41,29 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
+    """One line per machine, or from every rank that calls."""
+    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(f"{kind}: {message}", file=sys.stderr, flush=True)
+
+
 def refuse(message: str, every_rank: bool = False) -> typing.NoReturn:
     """Answer a wrong use: one line per machine (or from the rank that alone saw it), exit code 2."""
-    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    warn(message, every_rank, f"{Path(sys.argv[0]).name}: error")
     raise SystemExit(2)
 
 
 def abort(message: str) -> typing.NoReturn:
     """End the run on a fault: one line per machine, exit code 1."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    warn(message, kind="error")
     raise SystemExit(1)
-
-
-def warn(message: str, every_rank: bool = False) -> None:
-    """One line per machine, or from every rank that calls."""
-    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -105,44 +104,35 @@ class Flags:
     blur: bool = False  # Gaussian blur; part of the papers' views, for large images
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        refuse(f"{message} (see --help)")
-
-
 def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = None, argv: list[str] | None = None):
     """Fill the dataclass `args_class` from the command line.
 
-    Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple
-    takes as many values as its default. The help text is the comment behind the field, in the class or in the one it
-    extends. `recipes` maps the value of `--recipe` to overrides of the defaults; a flag given by hand beats the
-    recipe. `--data-dir` without `--dataset` means `--dataset folder`. A field without a default is positional. A wrong
-    flag or value ends the program in one line with exit code 2.
+    Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple has
+    as many values as its default; a field without a default is positional. The help text is the comment behind the
+    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`.
     """
-    comments = {}
-    for cls in reversed(args_class.__mro__[:-1]):
-        comments |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
+    source = "".join(inspect.getsource(cls) for cls in reversed(args_class.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
     doc = sys.modules[args_class.__module__].__doc__ or ""
-    parser = _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.allow_abbrev = False
+    parser.error = lambda message: refuse(f"{message} (see --help)")
     types = typing.get_type_hints(args_class)
     for field in dataclasses.fields(args_class):
-        kind, flag = types[field.name], flag_of(field.name)
-        text = comments.get(field.name, "").replace("%", "%%")
+        kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
         if field.default is dataclasses.MISSING:
             parser.add_argument(field.name, type=kind, help=text)
             continue
-        options: dict[str, Any] = {"help": f"{text} [{field.default}]"}
+        options: dict[str, Any] = {"type": kind}
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
+            options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options |= {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
-        else:
-            options["type"] = kind
-        parser.add_argument(flag, dest=field.name, default=argparse.SUPPRESS, **options)
-    given = vars(parser.parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+            options = {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
+        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{field.default}]"}
+        parser.add_argument(flag_of(field.name), **options)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
     if "data_dir" in given and "dataset" not in given:
         given["dataset"] = "folder"
     recipe = (recipes or {}).get(given.get("recipe", "quick"), {})
@@ -150,7 +140,6 @@ def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = Non
 
 
 def flag_of(name: str) -> str:
-    """batch_size -> --batch-size"""
     return "--" + name.replace("_", "-")
 
 
@@ -158,8 +147,7 @@ def check_least(args, least: float, *names: str) -> None:
     """Refuse a flag of these that is under `least`, or not a number."""
     for name in names:
         if not getattr(args, name) >= least:
-            rule = "must not be negative" if least == 0 else f"must be at least {least}"
-            refuse(f"{flag_of(name)} {rule}, not {getattr(args, name)}")
+            refuse(f"{flag_of(name)} must be at least {least}, not {getattr(args, name)}")
 
 
 def check_positive(args, *names: str) -> None:
@@ -202,9 +190,8 @@ BANK_LIMIT = 50_000  # the online kNN compares with at most this many training i
 
 
 class Run:
-    """The corridor through a training script: it knows on what a method trains, how far it has come, and what it keeps.
-
-    Steps count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
+    """The corridor through a training script: it knows on what a method trains, how far it is, and what it keeps. Steps
+    count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
     """
 
     def __init__(self, method: str, args: Flags, recipes: dict[str, dict[str, Any]]):
@@ -222,7 +209,7 @@ class Run:
         self.total_steps = args.epochs * self.steps_per_epoch  # of the schedule
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.first_step, self.last_step = 0, min(self.total_steps, args.max_steps or self.total_steps)
-        self.folder = RunFolder(args, self.train.found)
+        self.folder = RunFolder(args, self.train.found or len(self.train))
         self.log = Log(args, self.steps_per_epoch, self.last_step)
         self.judge = Judge(args.image_size, args.mean, args.std, self.compute, args.workers)
         labelled = (self.train.labels >= 0).nonzero()[:, 0]
@@ -238,25 +225,24 @@ class Run:
     def start(self, encoder: nn.Module | None = None, **state: Any) -> None:
         """Open the run folder; go on from its checkpoint, if there is one; judge a network that is not yet trained.
 
-        `state` names all that a run has to remember: objects with `state_dict` and `load_state_dict`, among them
-        `model`. `encoder` is what is judged and kept in encoder.pt, `model.backbone` if nothing else is named.
+        `state` names all that a run has to remember, by state_dict and load_state_dict, among them `model`. `encoder`
+        is what is judged and kept in encoder.pt, by default model.backbone.
         """
         self.state = {**state, "scaler": self.scaler}
         self.encoder = encoder or state["model"].backbone
         self.folder.open()
         self._say_what_is_trained()
-        saved = self.folder.restore(self.state)
-        if saved:
-            self.first_step = saved["step"]
+        saved = self.folder.restore(self.state) or {"step": 0, "log_bytes": 0}
+        self.first_step = saved["step"]
+        if self.first_step > 0:
             say(f"continuing after step {self.first_step} of {self.last_step}")
-            if self.first_step >= self.last_step:
-                say("this run is finished: --run-dir and more --epochs continue it, --overwrite starts it anew")
-        self.log.open(self.first_step, saved["log_bytes"] if saved else 0)
-        if self.args.compile:
-            for thing in state.values():
-                if isinstance(thing, nn.Module):
-                    thing.compile()
-        if self.first_step == 0:
+        if self.first_step >= self.last_step:
+            say("this run is finished: --run-dir and more --epochs continue it, --overwrite starts it anew")
+        self.log.open(self.first_step, saved["log_bytes"])
+        for module in state.values() if self.args.compile else ():
+            if isinstance(module, nn.Module):
+                module.compile()
+        if self.test and self.first_step == 0:
             self._evaluate(0)
 
     def _say_what_is_trained(self) -> None:
@@ -269,8 +255,8 @@ class Run:
         say(f"{self.folder.path}: {len(train)} training images {kept}, {scored}")
         world, cuda = rank_and_world()[1], self.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-        steps = f"{self.total_steps} steps, {self.steps_per_epoch} per epoch"
         batch = f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}"
+        steps = f"{self.total_steps} steps, {self.steps_per_epoch} per epoch"
         say(f"{batch}; {steps}; base learning rate {args.base_lr:g}")
 
     def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
@@ -284,12 +270,9 @@ class Run:
         return cosine_schedule(step, self.total_steps, self.warmup_steps, peak, final)
 
     def report(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
-        """After each step: log, judge and save where it is time to; end the run if a signal asked for it.
-
-        loss and terms are those of this rank's images, z (n, d) the embeddings that are watched for collapse.
-        """
+        """After each step: log, judge and save where it is time to; end the run if a signal asked for it."""
         self.log.step(step, loss, terms, lr, z)
-        if self._due(step, self.args.eval_every):
+        if self.test and self._due(step, self.args.eval_every):
             self._evaluate(step)
         number = self.folder.signal_of_any_rank()
         if number or self._due(step, self.args.save_every):
@@ -300,18 +283,14 @@ class Run:
             raise SystemExit(128 + number)
 
     def _due(self, step: int, epochs: int) -> bool:
-        """Whether `step` is the last or ends so many epochs."""
         return step == self.last_step or step % (epochs * self.steps_per_epoch) == 0
 
     def _evaluate(self, step: int) -> None:
-        if self.test is None:
-            return
         self.log.check_finite()
         with self.log.pause():
             knn_top1 = self.judge.knn_top1(self.encoder, self.bank, self.test)
             self.log.write({"step": step, "knn_top1": knn_top1})
-            what = f"step {step}/{self.last_step}" if step else "untrained network"
-            say(f"{what}: online kNN {100 * knn_top1:.1f} %")
+        say(f"{f'step {step}/{self.last_step}' if step else 'untrained network'}: online kNN {100 * knn_top1:.1f} %")
 
     def _save(self, step: int) -> None:
         self.log.check_finite()
@@ -329,8 +308,7 @@ class Run:
         return self.log.latest
 
 
-def say(message: str) -> None:
-    """A line on the console, from rank 0."""
+def say(message: str) -> None:  # on the console, from rank 0
     if rank_and_world()[0] == 0:
         print(message, flush=True)
 
@@ -340,9 +318,8 @@ def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]
     usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
     if args.data_dir and args.dataset == "folder":
         usual["dataset"] = "folder"  # --data-dir says it
-    named = {name: value for name, value in dataclasses.asdict(args).items() if value != usual[name]}
-    for name in FREE_FLAGS - {"epochs", "max_steps", "data_dir"}:
-        named.pop(name, None)
+    unnamed = FREE_FLAGS - {"epochs", "max_steps", "data_dir"}
+    named = {k: v for k, v in dataclasses.asdict(args).items() if v != usual[k] and k not in unnamed}
     parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
     return str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_")))
 
@@ -351,9 +328,8 @@ def fit_batch_size(args: Flags, images: int) -> int:
     """`--batch-size`, which is global. The default shrinks to the largest power of two that the images allow; any other
     is refused if it cannot be taken.
     """
-    size, world, most = args.batch_size, rank_and_world()[1], 2 ** int(math.log2(images))
-    if size == type(args).batch_size:
-        size = min(size, most)
+    world, most = rank_and_world()[1], 2 ** int(math.log2(images))
+    size = min(args.batch_size, most) if args.batch_size == type(args).batch_size else args.batch_size
     if size > images:
         refuse(f"--batch-size {size} is larger than the {images} training images; use {most}")
     if size % world:
@@ -364,12 +340,12 @@ def fit_batch_size(args: Flags, images: int) -> int:
 
 
 class RunFolder:
-    """What a run leaves behind: args.json, checkpoint.pt, encoder.pt, heads.pt. Signals ask it to save once more."""
+    """What a run leaves behind: args.json, checkpoint.pt, encoder.pt, heads.pt. Signals ask it to save once more.
+    `images` are all that the dataset holds: a checkpoint is continued on as many only.
+    """
 
     def __init__(self, args: Flags, images: int):
-        """`images` are all that the dataset holds: a checkpoint is continued on as many only."""
-        self.args, self.images, self.path = args, images, Path(args.run_dir)
-        self.signal, self.handlers = 0, {}
+        self.args, self.images, self.path, self.signal, self.handlers = args, images, Path(args.run_dir), 0, {}
 
     def open(self) -> None:
         """Make the folder, or refuse one that holds a run with other flags. From here on, signals are kept."""
@@ -393,8 +369,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if file.exists():
                 old = json.loads(file.read_text())
-                changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
-                if changed:
+                if changed := [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]:
                     was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
                     refuse(f"{self.path} holds another run: {was}; take another --run-dir, or --overwrite it")
                 if mine["epochs"] < old["epochs"]:
@@ -406,10 +381,9 @@ class RunFolder:
     def restore(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Load the checkpoint, if there is one, into the objects of `state`; all that it holds, or None."""
         saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
-        if saved is not None:
-            for name, thing in state.items():
-                if saved[name]:  # a scaler that was not in use has no state
-                    thing.load_state_dict(saved[name])
+        for name, thing in state.items() if saved else ():
+            if saved[name]:  # a scaler that was not in use has no state
+                thing.load_state_dict(saved[name])
         return saved
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
@@ -422,10 +396,8 @@ class RunFolder:
                 warn(f"{file} cannot be read ({type(error).__name__})")
                 continue
             if saved["images"] != self.images:
-                refuse(
-                    f"{self.path} is of {saved['images']} images and --data-dir now holds {self.images}; "
-                    "take another --run-dir, or --overwrite it"
-                )
+                counts = f"is of {saved['images']} images and --data-dir now holds {self.images}"
+                refuse(f"{self.path} {counts}; take another --run-dir, or --overwrite it")
             return saved
         if files:
             refuse(f"no checkpoint in {self.path} can be read; --overwrite starts the run anew")
@@ -433,15 +405,10 @@ class RunFolder:
 
     def signal_of_any_rank(self) -> int:
         """The number of the signal that asked this run to end, 0 if none did; the same on all ranks."""
-        number = torch.tensor(self.signal)
-        if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)  # all ranks stop after the same step
-        return number.item()
+        return int(all_gather(torch.tensor([self.signal])).max())  # so all ranks stop after the same step
 
     def save(self, step: int, encoder: nn.Module, state: dict[str, Any], log_bytes: int) -> None:
-        """`encoder` to encoder.pt under torchvision's names, what else is in `state["model"]` to heads.pt, and all of
-        `state` to checkpoint.pt. Rank 0 alone.
-        """
+        """`encoder` to encoder.pt, the rest of `state["model"]` to heads.pt, all to checkpoint.pt. Rank 0 alone."""
         model = state["model"]
         inside = tuple(name + "." for name, module in model.named_modules() if module is encoder)
         heads = {name: w.cpu() for name, w in model.state_dict().items() if not name.startswith(inside)}
@@ -461,13 +428,14 @@ class RunFolder:
 
 
 def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | None = None) -> None:
-    """Replace `file` in one step, by bytes or by what `torch.save` makes of a dict: readers see the old content or the
-    new, never a part. With `keep_as`, the old file stays under that name.
-    """
+    """Replace `file` in one step, by bytes or by a dict as `torch.save` writes it; the old may stay as `keep_as`."""
     temporary = file.with_name(file.name + ".tmp")
     try:
         with open(temporary, "wb") as handle:
-            handle.write(content) if isinstance(content, bytes) else torch.save(content, handle)
+            if isinstance(content, bytes):
+                handle.write(content)
+            else:
+                torch.save(content, handle)
             handle.flush()
             os.fsync(handle.fileno())
         if keep_as and file.exists():
@@ -479,18 +447,15 @@ def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | Non
 
 
 class Log:
-    """What a run tells: metrics.jsonl, the console and TensorBoard. It ends a run whose loss is not finite, and warns
-    of a collapse.
-    """
+    """What a run tells: metrics.jsonl, console, TensorBoard. It ends a run that diverges, and warns of collapse."""
 
     def __init__(self, args: Flags, steps_per_epoch: int, last_step: int):
         self.args, self.file = args, Path(args.run_dir, "metrics.jsonl")
-        self.steps_per_epoch, self.last_step = steps_per_epoch, last_step
+        self.steps_per_epoch, self.last_step, self.board = steps_per_epoch, last_step, None
         self.latest: dict[str, float] = {}  # value of each metric
         self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last line
         self.collapsed: set[str] = set()  # signs seen at the last line
         self.clock = (time.perf_counter(), 0)  # (time, step) of the last line
-        self.board = None
 
     def open(self, step: int, size: int) -> None:
         """Keep the first `size` bytes of metrics.jsonl: the steps that were logged beyond `step` are taken again."""
@@ -511,49 +476,38 @@ class Log:
             self.board = SummaryWriter(str(self.file.parent), purge_step=step + 1)
 
     def bytes(self) -> int:
-        """How long metrics.jsonl is."""
-        return self.file.stat().st_size if self.file.exists() else 0
+        """The length of metrics.jsonl."""
+        return self.file.stat().st_size
 
     def step(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
-        """Every --log-every steps: a line on the console and in metrics.jsonl, with the state of z (n, d)."""
+        """Every --log-every steps a line on the console and in metrics.jsonl. z (n, d) is watched for collapse."""
         self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
         if step % self.args.log_every and step != self.last_step:
             return
         values, z = self.check_finite(), all_gather(z.detach())
-        now, (then, then_step) = time.perf_counter(), self.clock
-        self.clock = (now, step)
-        rate = (step - then_step) / (now - then)  # steps per second
-        epoch, images_per_s = step / self.steps_per_epoch, rate * self.args.batch_size
-        health = embedding_health(z)
+        (then, then_step), self.clock = self.clock, (time.perf_counter(), step)
+        rate = (step - then_step) / (self.clock[0] - then)  # steps per second
+        epoch, images_per_s, health = step / self.steps_per_epoch, rate * self.args.batch_size, embedding_health(z)
         self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
-        if rank_and_world()[0] > 0:
-            return
-        std, effective_rank = health.values()
+        left, (std, effective_rank) = (self.last_step - step) / rate, health.values()
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        left = (self.last_step - step) / rate
-        print(
+        say(
             f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
             f"std {std:.4f} of {z.shape[1] ** -0.5:.4f}  rank {effective_rank:.1f}  "
-            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left",
-            flush=True,
+            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
         )
-        signs = signs_of_collapse(z)
-        for sign in signs.keys() - self.collapsed:
+        signs = signs_of_collapse(z, **health)
+        for sign in signs.keys() - self.collapsed if rank_and_world()[0] == 0 else ():
             warn(f"collapse at step {step}: {signs[sign]}")
         self.collapsed = set(signs)
 
     def check_finite(self) -> dict[str, float]:
-        """The loss and terms of the last step, averaged over ranks, once those of every step since the last look are
-        known to be finite. Reads from the device.
-        """
+        """Loss and terms of the last step, mean over ranks, once those of every step since the last look are finite."""
         if not self.unchecked:
             return {}
         steps, rates, names, values = zip(*self.unchecked, strict=True)
         self.unchecked.clear()
-        table = torch.stack(values).double()  # steps×terms
-        if dist.is_initialized():
-            dist.all_reduce(table)
-            table /= dist.get_world_size()
+        table = all_gather(torch.stack(values).double()[None]).mean(0)  # steps×terms
         for step, lr, row in zip(steps, rates, table.tolist(), strict=True):
             row = dict(zip(names[0], row, strict=True))
             broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
@@ -590,7 +544,7 @@ class Log:
 
 @dataclass
 class Judge:
-    """What a network's features are worth on images without augmentation. All ranks call, each computes its share."""
+    """What a network's features are worth on images without augmentation. All ranks call; each computes its share."""
 
     image_size: int
     mean: tuple[float, float, float]
@@ -601,22 +555,15 @@ class Judge:
     @torch.no_grad()
     def features(self, net: nn.Module, data: "Data") -> Tensor:
         """(N, d) float32 features of every image, in eval mode, on all ranks."""
-        rank, world = rank_and_world()
+        (rank, world), was_training, pieces = rank_and_world(), net.training, []
         share = math.ceil(len(data) / world)
-        start = min(rank * share, len(data) - 1)  # a rank beyond the end repeats a row, which is cut off again below
-        rows = range(start, max(start + 1, min(start + share, len(data))))
-        was_training = net.training
+        rows = torch.arange(rank * share, (rank + 1) * share).clamp(max=len(data) - 1)  # repeats are cut off below
         net.eval()
-        mine, filled = torch.empty(0), 0
         for x in centred_views(data, rows, self.image_size, self.compute, self.workers):
             with self.compute.autocast:
-                h = net(normalize(x, self.mean, self.std))  # n×d
-            if filled == 0:
-                mine = torch.zeros(share, h.shape[1], device=h.device)  # in place: a list of pieces would be as large
-            mine[filled : filled + len(h)] = h
-            filled += len(h)
+                pieces.append(net(normalize(x, self.mean, self.std)).float())  # n×d
         net.train(was_training)
-        return all_gather(mine)[: len(data)]
+        return all_gather(torch.cat(pieces))[: len(data)]
 
     def knn_top1(self, net: nn.Module, train: "Data", test: "Data") -> float:
         """Accuracy, a fraction, of the 20 nearest neighbours in `train`; labels from 0."""
@@ -635,24 +582,19 @@ class Judge:
 
 
 def start_processes() -> torch.device:
-    """Join torchrun's process group if there is more than one process; return this process's device.
-
-    NCCL carries CUDA tensors and gloo CPU ones. Where several processes share one GPU, which NCCL refuses, gloo
-    carries both. One process needs no group.
-    """
+    """Join torchrun's process group, if there is more than one process; return this process's device."""
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        restarts, own_store = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-        if restarts and os.environ.get(own_store) != "1" and os.environ["RANK"] == "0":
+        first, own_store = os.environ["RANK"] == "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+        if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(own_store) != "1":
             warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        own_gpu = cuda and processes <= gpus
-        if cuda and not own_gpu and os.environ["RANK"] == "0":
+        if first and cuda and processes > gpus:  # NCCL refuses that
             warn(f"{processes} processes share {gpus} GPU and so use gloo, which is slow; let each see all GPUs")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda and processes <= gpus else "gloo")
     return device
 
 
@@ -665,10 +607,7 @@ class Compute(NamedTuple):
 
 
 def compute_in(precision: str, device: torch.device) -> tuple[Compute, torch.amp.GradScaler]:
-    """What `--precision` says, and the gradient scaler, which does nothing but in fp16.
-
-    auto is bf16 on a GPU that has it, fp16 with a scaler on one that has not, fp32 on a CPU.
-    """
+    """What `--precision` says, and a gradient scaler for fp16. auto: bf16, or else fp16, on a GPU; fp32 on a CPU."""
     if precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
@@ -692,19 +631,17 @@ def my_rows(total: int) -> slice:
 def on_rank_0(action: Callable[[], Any]) -> Any:
     """The result of `action`, run on rank 0 only; where it ends the program there, it ends on every rank."""
     rank, world = rank_and_world()
-    result, code = None, None
+    shared = [None, None]  # the result, an exit code
     if rank == 0:
         try:
-            result = action()
+            shared[0] = action()
         except SystemExit as end:
-            code = end.code
+            shared[1] = end.code
     if world > 1:
-        shared = [result, code]
         dist.broadcast_object_list(shared, device=torch.device("cpu"))
-        result, code = shared
-    if code is not None:
-        raise SystemExit(code)
-    return result
+    if shared[1] is not None:
+        raise SystemExit(shared[1])
+    return shared[0]
 
 
 class _AllGather(torch.autograd.Function):
@@ -723,13 +660,10 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather(x: Tensor) -> Tensor:
-    """Rows of every rank in rank order: (n, ...) -> (world·n, ...), differentiable; x itself without a group.
+    """Rows of every rank in rank order, as many from each: (n, ...) -> (world·n, ...); x itself without a group.
 
-    Every rank must hold the same number of rows.
-
-    The backward pass sums over ranks, so if every rank computes the same loss L of the gathered rows, the gradient
-    is that of world·L; DistributedDataParallel then averages over ranks, which gives exactly the gradient that
-    one process would compute from the global batch.
+    The backward pass sums over ranks: where every rank computes the same loss L of the gathered rows, the gradient is
+    that of world·L. DistributedDataParallel then averages over ranks, which gives exactly the gradient of L.
     """
     return _AllGather.apply(x) if dist.is_initialized() else x
 
@@ -740,10 +674,7 @@ def full_precision(z: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows of all processes, for CPU tensors (`nn.SyncBatchNorm` is CUDA only).
-
-    Every rank must hold the same number of rows. Needs `all_gather` and `full_precision`.
-    """
+    """BatchNorm over the rows of all processes, as many on each, for CPU tensors (`nn.SyncBatchNorm` is CUDA only)."""
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass
@@ -751,9 +682,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(x)
-        given, x = x.dtype, full_precision(x)  # statistics in float32 under autocast
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
+        given, x = x.dtype, full_precision(x)  # also under autocast
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
         var, mean = torch.var_mean(x, dims, correction=0)  # C
         stats = all_gather(torch.stack([mean, var])[None])  # W×2×C
         mean = stats[:, 0].mean(0)  # C
@@ -806,11 +736,8 @@ class Data:
     files: np.ndarray | None  # (N,) paths as bytes: an array, so that workers share it without copying
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]
-    found: int = 0  # images there were before `subset` chose among them
+    found: int = 0  # images there were before `subset` chose among them; 0: it did not
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
-
-    def __post_init__(self) -> None:
-        self.found = self.found or len(self)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -818,7 +745,7 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes, self.found)
+        return Data(pixels, files, self.labels[index], self.classes, self.found or len(self))
 
 
 class Crop(NamedTuple):
@@ -852,8 +779,7 @@ def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.devic
 
 def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
     """CIFAR-10, CIFAR-100 or STL-10 (with its unlabelled images), downloaded to `root` where missing."""
-    sets = torchvision.datasets
-    kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "stl10": sets.STL10}[name]
+    kind = getattr(torchvision.datasets, name.upper())  # CIFAR10, CIFAR100 or STL10
     splits = ("train+unlabeled", "test") if name == "stl10" else (True, False)
 
     def download() -> None:
@@ -866,8 +792,7 @@ def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
     on_rank_0(download)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 < rank_and_world()[0]:
         download()  # on a machine with a disk of its own
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # wait for all
+    all_gather(torch.zeros(1))  # wait for all
     found = []
     for source in (kind(root, split) for split in splits):
         pixels = torch.from_numpy(source.data)  # N×32×32×3 for CIFAR, N×3×96×96 for STL-10
@@ -902,31 +827,25 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
 
 
 def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
-    """All images below `root` in sorted order, and for each the folder of `root` it lies in, "" if in none. Hidden
-    files and folders are left out, the folders `skip` of `root`, and links back to a folder that holds them.
+    """All images below `root`, sorted, and for each the folder of `root` that it lies in, "" if in none. Left out are
+    hidden ones, the folders `skip` of `root`, and links back to a folder above.
     """
     files, folders = [], []
     for parent, below, names in os.walk(root, followlinks=True):
         here = Path(parent).resolve()
-        below[:] = sorted(
-            name
-            for name in below
-            if not (name.startswith(".") or (parent == str(root) and name in skip))
-            and not here.is_relative_to((here / name).resolve())
-        )
-        names = [name for name in sorted(names) if not name.startswith(".")]
-        names = [name for name in names if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-        first = Path(parent).relative_to(root).parts[:1]
-        files += [os.fsencode(os.path.join(parent, name)) for name in names]
-        folders += ["".join(first)] * len(names)
+        left_out = skip if parent == str(root) else ()
+        below[:] = [name for name in sorted(below) if not (name.startswith(".") or name in left_out)]
+        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]
+        found = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
+        found = [os.fsencode(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
+        files += found
+        folders += ["".join(Path(parent).relative_to(root).parts[:1])] * len(found)
     return np.array(files), folders
 
 
 def decode_if_small(data: Data) -> Data:
     """Decode the whole split into `pixels` if all images have one small size and fit into `RESIDENT_BYTES`."""
-    sizes = {image_size(file) for file in data.files[:: max(1, len(data) // 100)]} - {None}
-    if not sizes:
-        refuse(f"none of {len(data)} image files can be decoded, for example {os.fsdecode(data.files[0])}")
+    sizes = {read_or_next(data.files, i, upright_size)[0] for i in range(0, len(data), max(1, len(data) // 100))}
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
@@ -935,21 +854,12 @@ def decode_if_small(data: Data) -> Data:
         image, errors = read_or_next(data.files, index, to_rgb)
         count_bad(data, errors)
         if image.size == size:
-            pixels[index] = to_tensor(image)
+            pixels[index] = pil_to_tensor(image)
         return image.size == size
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         same = all(pool.map(decode, range(len(data))))
     return dataclasses.replace(data, pixels=pixels, files=None) if same else data
-
-
-def image_size(file: bytes) -> tuple[int, int] | None:
-    """(width, height) as the header says, None where it cannot be read."""
-    try:
-        with Image.open(os.fsdecode(file)) as image:
-            return upright_size(image)
-    except Exception:  # a damaged file can raise almost anything
-        return None
 
 
 def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[str, str]]]:
@@ -962,7 +872,7 @@ def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[s
                 return read(image), errors
         except Exception as error:  # a damaged file can raise almost anything
             errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
-    refuse(f"none of the {len(files)} files in --data-dir can be decoded", every_rank=True)
+    refuse(f"none of the {len(files)} image files in --data-dir can be decoded, for example {file}")
 
 
 def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
@@ -972,27 +882,24 @@ def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
             warn(f"{file} cannot be decoded and is replaced by another image ({error})", every_rank=True)
             data.bad[file] = error
     if len(data.bad) > max(10, len(data) / 100):
-        message = f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them"
-        refuse(message, every_rank=True)
+        refuse(f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them", True)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(width, height) of an opened image once it is turned as EXIF says."""
     if image.format == "TIFF":
         image.load()  # Pillow turns a TIFF itself, and then takes the tag away
-    try:
-        on_its_side = image.getexif().get(0x0112) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF can raise almost anything, and the image may be good
-        on_its_side = False
-    return image.size[::-1] if on_its_side else image.size
+    with contextlib.suppress(Exception):  # damaged EXIF can raise almost anything, and the image may be good
+        if image.getexif().get(0x0112) in (5, 6, 7, 8):  # on its side
+            return image.size[::-1]
+    return image.size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any opened image as upright RGB.
 
-    Grey is repeated three times, palettes are looked up, CMYK is converted; transparent pixels are laid on white;
-    16-bit and integer images are divided by 257 (65535 becomes 255), float images are taken as 0 to 1; an animation
-    gives its first frame; the EXIF orientation is applied.
+    Grey is repeated three times, palettes are looked up, CMYK is converted, transparent pixels are laid on white, an
+    animation gives its first frame. 16-bit and integer images are divided by 257, float images are taken as 0 to 1.
     """
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF can raise almost anything, and the image may be good
@@ -1005,15 +912,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB image of width w and height h -> (3, h, w) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
 def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[Tensor]:
-    """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8.
-
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is resized to.
+    """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8. A JPEG
+    is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is resized to.
     """
     width, _ = upright_size(image)
     reduction = max(1, min(min(box[2:]) // crop.size for box, crop in zip(boxes, crops, strict=True)))
@@ -1026,16 +927,15 @@ def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) 
         y0, y1 = top * scale, min((top + h) * scale, rgb.height)
         # Cropping first keeps pixels outside the box out of the resampling, as torchvision's resized_crop does.
         part = rgb.crop((int(x0), int(y0), math.ceil(x1), math.ceil(y1)))
-        box = (x0 - int(x0), y0 - int(y0), x1 - int(x0), y1 - int(y0))
-        views.append(to_tensor(part.resize((crop.size, crop.size), Image.Resampling[crop.interpolation.upper()], box)))
+        box, kernel = (x0 - int(x0), y0 - int(y0), x1 - int(x0), y1 - int(y0)), crop.interpolation.upper()
+        views.append(pil_to_tensor(part.resize((crop.size, crop.size), Image.Resampling[kernel], box)))
     return views
 
 
 class ImageFiles(torch.utils.data.Dataset):
     """For loader workers: (epoch, index) -> (the image's views, (3, size, size) uint8 each, and files that failed).
 
-    With a seed, every view is a random crop that belongs to (seed, epoch, image, view): the number of workers changes
-    nothing. Without one, it is the view of `centre_box`.
+    With a seed, a view is a random crop that belongs to (seed, epoch, image, view); without one, that of `centre_box`.
     """
 
     def __init__(self, files: np.ndarray, crops: list[Crop], seed: int | None = None):
@@ -1046,16 +946,21 @@ class ImageFiles(torch.utils.data.Dataset):
             width, height = upright_size(image)
             if self.seed is None:
                 return decode_crops(image, [centre_box(height, width, crop.size) for crop in self.crops], self.crops)
-            draws = [Draws((CROPS, self.seed, *key, view), 1) for view in range(len(self.crops))]
-            drawn = list(zip(draws, self.crops, strict=True))
+            drawn = [(Draws((CROPS, self.seed, *key, view), 1), crop) for view, crop in enumerate(self.crops)]
             boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
             views = decode_crops(image, boxes, self.crops)
             return [v.flip(-1) if d.chance(crop.flip) else v for v, (d, crop) in zip(views, drawn, strict=True)]
 
         return read_or_next(self.files, key[1], read)
 
+    def load(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[tuple[list[Tensor], list]]:
+        """For each list of keys, its views, (n, 3, size, size) uint8 each, and the files that failed."""
+        pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
+        options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
+        return iter(torch.utils.data.DataLoader(self, batch_sampler=keys, **options))
 
-def collate(items: list[tuple[list[Tensor], list[tuple[str, str]]]]) -> tuple[list[Tensor], list[tuple[str, str]]]:
+
+def collate(items: list[tuple[list[Tensor], list]]) -> tuple[list[Tensor], list]:
     views = [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
     return views, [error for _, errors in items for error in errors]
 
@@ -1066,48 +971,32 @@ def keep_signals_to_the_main_process(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def file_loader(dataset: ImageFiles, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[Tensor]:
-    """The views of each batch of keys, (n, 3, size, size) uint8 each, and the files that failed."""
-    pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
-    how = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
-    return iter(torch.utils.data.DataLoader(dataset, batch_sampler=keys, **how))
-
-
 def centre_box(height: int, width: int, size: int) -> list[int]:
-    """The test view as (top, left, height, width): the whole image if it has the size asked for, else the central
-    square of 224/256 of the shorter side, as every ImageNet protocol takes it.
-    """
+    """The test view, (top, left, height, width): all of an image of that size, else the central 224/256 of it."""
     if height == width == size:
         return [0, 0, height, width]
     side = round(min(height, width) * 224 / 256)
     return [(height - side) // 2, (width - side) // 2, side, side]
 
 
-def centred_views(data: Data, rows: range, size: int, compute: Compute, workers: int) -> Iterator[Tensor]:
+def centred_views(data: Data, rows: Iterable[int], size: int, compute: Compute, workers: int) -> Iterator[Tensor]:
     """The images of `rows` without augmentation, in batches of (<=256, 3, size, size) in [0, 1]: see `centre_box`."""
-    device, dtype, _ = compute
-    chunks = [rows[i : i + 256] for i in range(0, len(rows), 256)]
+    chunks, (device, dtype, _) = torch.as_tensor(rows).split(256), compute
     if data.pixels is None:
-        keys = [[(0, index) for index in chunk] for chunk in chunks]
-        files = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")])
-        for (views,), errors in file_loader(files, keys, workers):
+        keys = [[(0, index) for index in chunk.tolist()] for chunk in chunks]
+        for (views,), errors in ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers):
             count_bad(data, errors)
             yield views.to(device, non_blocking=True).to(dtype) / 255
-        return
-    box = torch.tensor([centre_box(*data.pixels.shape[2:], size)])
-    for chunk in chunks:
-        images = data.pixels[chunk.start : chunk.stop].to(dtype) / 255
+    for chunk in chunks if data.pixels is not None else ():
+        images = data.pixels[chunk.to(device)].to(dtype) / 255
         if images.shape[2:] != (size, size):
+            box = torch.tensor([centre_box(*images.shape[2:], size)])
             images = resized_crop(images, box.expand(len(images), 4), size, "bilinear")
         yield images
 
 
-PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "checks", "dots", "triangles", "rays", "rings", "spiral", "clouds")
-
-
 def _wrap(t: np.ndarray) -> np.ndarray:
-    """Signed distance to the nearest integer."""
-    return t - np.round(t)
+    return t - np.round(t)  # signed distance to the nearest integer
 
 
 def _texture(family: str, s: np.ndarray, t: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -1142,14 +1031,16 @@ def _texture(family: str, s: np.ndarray, t: np.ndarray, u: np.ndarray) -> np.nda
             return 0.04 * np.sin(waves + 2 * np.pi * u[:, 8:]).sum(1)
 
 
+PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "checks", "dots", "triangles", "rays", "rings", "spiral", "clouds")
+
+
 def patterns(split: str, count: int, seed: int = 0) -> Data:
     """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
 
     The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and nothing else: angle, phase,
-    period, shear, a faint wash of colour and pixel noise are drawn anew for every image. Contrast and
-    brightness are the same for all and the colours muted: these survive a crop so easily that methods which only
-    predict one view from another (BYOL, SimSiam) would learn them instead. Shading, by which raw pixels are told
-    apart, is taken out.
+    period, shear, a faint wash of colour and pixel noise are drawn anew for every image. Contrast and brightness are
+    the same for all and the colours muted: these survive a crop so easily that methods which only predict one view from
+    another (BYOL, SimSiam) would learn them instead. Shading, by which raw pixels are told apart, is taken out.
     """
     draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
     u = draws.random((count, 27, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
@@ -1177,33 +1068,28 @@ def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np
     ink -= blur @ ink @ blur.T  # no shading
     ink -= ink.mean((1, 2), keepdims=True)
     ink *= 0.2 / (ink.std((1, 2), keepdims=True) + 1e-6)
-
     turn, phase = 2 * np.pi * u[:, 3], 2 * np.pi * u[:, 4:5] + 0.6 * u[:, 5:8]  # the channels a little out of step
     wash = np.sin(2 * np.pi / 25 * (np.cos(turn) * x + np.sin(turn) * y)[:, None] + phase)
-    images = grains.standard_normal(wash.shape, dtype=np.float32)
-    images *= 0.02
+    images = 0.02 * grains.standard_normal(wash.shape, dtype=np.float32)
     images += 0.5 + 0.04 * wash + ink[:, None] * (0.9 + 0.2 * u[:, 8:11])
     return (255 * images.clip(0, 1)).astype(np.uint8)
 
 
-# --------------------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------------ networks, optimizer
 
-_MODELS = torchvision.models.list_models(torchvision.models)
-ARCHITECTURES = ["resnet10", *(name for name in _MODELS if name.startswith(("resnet", "resnext", "wide_resnet")))]
+ARCHITECTURES = ["resnet10", *torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resnet*"])]
 
 
 def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
-
-    `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for images of about
-    32 pixels, is a 3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of
-    every residual branch at zero.
+    `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for about 32 pixels, is a
+    3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of every branch at 0.
     """
     if arch not in ARCHITECTURES:
         refuse(f"--arch {arch} is unknown; take one of {', '.join(ARCHITECTURES)}")
     if arch == "resnet10":
-        block = torchvision.models.resnet.BasicBlock
-        net = torchvision.models.ResNet(block, [1, 1, 1, 1], zero_init_residual=zero_init)
+        resnet = torchvision.models.resnet
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init)
     else:
         net = torchvision.models.get_model(arch, zero_init_residual=zero_init)
     if stem == "small":
@@ -1214,16 +1100,13 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
     return net, width
 
 
-# Where the backbone stands in files of weights: MoCo's query encoder, not its key encoder; VICReg's, Barlow Twins',
-# DINO's and solo-learn's; SimSiam's; SwAV's, torchvision's and ours.
+# The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights.
-
-    Takes this project's files, torchvision's, and the published ones of VICReg, Barlow Twins, SwAV, MoCo, SimSiam and
-    DINO, whose heads are left out and named. Files that carry code are refused.
+    """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights: of this project,
+    torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
@@ -1254,9 +1137,6 @@ def load_encoder(net: nn.Module, path: str) -> None:
         refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
 
 
-# -------------------------------------------------------------------------------------------------- optimizer
-
-
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al., arXiv 1708.03888), as BYOL, Barlow Twins and VICReg use it.
 
@@ -1266,10 +1146,8 @@ class LARS(torch.optim.Optimizer):
         g <- g * eta * |p| / |g|      if both norms are positive
         m <- momentum * m + g;   p <- p - lr * m
 
-    In a parameter group with `adapt=False` the first two lines are left out: neither weight decay nor adaptation,
-    as is usual for biases and BatchNorm: LARS([{"params": matrices}, {"params": others, "adapt": False}], lr=0.2).
-    All tensors of a group are updated together by multi-tensor calls, without reading anything back from the device.
-    Stands alone.
+    In a parameter group with `adapt=False`, as is usual for biases and BatchNorm, the first two lines are left out:
+    neither decay nor adaptation. All tensors of a group are updated together, without a read from the device.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
@@ -1287,8 +1165,7 @@ class LARS(torch.optim.Optimizer):
             if group["adapt"]:
                 # A copy: it is scaled in place below.
                 updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
-                p_norm = torch.stack(torch._foreach_norm(params))
-                g_norm = torch.stack(torch._foreach_norm(updates))
+                p_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, updates))
                 ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, list(ratio.unbind()))
             for p in params:
@@ -1321,9 +1198,8 @@ class Draws:
     """Random numbers that belong to images, not to processes.
 
     Every method draws for the whole global batch of `total` images, from a generator seeded by `key` (integers, not
-    negative; another key for each step and view), and returns `rows` of them, this rank's; so the same images get the
-    same numbers on any number of processes. Each call draws new ones. They are float64 on the CPU: the
-    primitives below then know on the host which images they have to touch.
+    negative; another key for each step and view), and returns `rows` of them, this rank's. Each call draws new ones.
+    They are float64 on the CPU: so the primitives below know on the host which images they have to touch.
     """
 
     def __init__(self, key: tuple[int, ...], total: int, rows: slice = slice(None)):
@@ -1365,22 +1241,18 @@ class Batch:
 def batches(
     data: Data, crops: list[Crop], steps: range, batch_size: int, seed: int, compute: Compute, workers: int = 0
 ) -> Iterator[Batch]:
-    """For each of `steps`, this rank's slice of the batch: a view per crop.
-
-    Step s of an epoch takes the same images on any number of processes: rows s·batch_size to (s+1)·batch_size of the
-    epoch's permutation, each rank its contiguous slice. The last, short batch is left out. `workers` decode what is
-    not in memory.
+    """For each of `steps`, this rank's slice of the batch, a view per crop. Every step takes the next batch_size images
+    of its epoch's permutation; a short rest is left out. `workers` decode what is not in memory.
     """
     (device, dtype, _), rows = compute, my_rows(batch_size)
-    loaded = None
+    indices, ahead = itertools.tee(batch_indices(len(data), batch_size, steps, seed))
     if data.pixels is None:
-        indices = batch_indices(len(data), batch_size, steps, seed)
-        keys = ([(epoch, i) for i in index[rows].tolist()] for epoch, index in indices)
-        loaded = file_loader(ImageFiles(data.files, crops, seed), keys, workers)
-    for step, (_, index) in zip(steps, batch_indices(len(data), batch_size, steps, seed), strict=True):
+        keys = ([(epoch, i) for i in index[rows].tolist()] for epoch, index in ahead)
+        loaded = ImageFiles(data.files, crops, seed).load(keys, workers)
+    for step, (_, index) in zip(steps, indices, strict=True):
         index = torch.from_numpy(index)
         draws = [Draws((VIEWS, seed, step, view), batch_size, rows) for view in range(len(crops))]
-        if loaded is None:
+        if data.pixels is not None:
             images = data.pixels[index[rows].to(device, non_blocking=True)].to(dtype) / 255
             xs = [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)]
         else:
@@ -1402,25 +1274,22 @@ def batch_indices(total: int, batch_size: int, steps: range, seed: int) -> Itera
 
 # ----------------------------------------------------------------------------------------------- augmentation
 #
-# Batched: x is (n, 3, H, W), floats in [0, 1] on any device, and every parameter is a tensor with one entry per image
-# on the CPU. It goes to the device without blocking: a copy that blocks would wait for all work that came before.
-# The functions that take `draws` choose those parameters at random; they need `Draws`.
+# Batched: x is (n, 3, H, W), floats in [0, 1] on any device, and every parameter has one entry per image, on the CPU.
+# It goes to the device without blocking: a copy that blocks would wait for all work that came before.
 
 
-def random_boxes(
-    draws: Draws, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Tensor:
+def random_boxes(draws: Draws, height: int, width: int, scale: tuple[float, float]) -> Tensor:
     """(n, 4) boxes (top, left, height, width) as torchvision's RandomResizedCrop draws them: ten tries of an area share
-    uniform in `scale` and an aspect ratio log-uniform in `ratio`; if none fits, the largest central box.
+    uniform in `scale` and an aspect ratio log-uniform in 3/4 to 4/3; if none fits, the largest central box.
     """
     area = height * width * draws.uniform(*scale, 10)  # n×10
-    aspect = draws.uniform(math.log(ratio[0]), math.log(ratio[1]), 10).exp()  # n×10
+    aspect = draws.uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()  # n×10
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # n×10
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.int().argmax(1, keepdim=True)  # n×1
     w, h, found = (t.gather(1, first)[:, 0] for t in (w, h, fits))  # n
-    w = w.where(found, torch.tensor(min(width, round(height * ratio[1]))))
-    h = h.where(found, torch.tensor(min(height, round(width / ratio[0]))))
+    w = w.where(found, torch.tensor(min(width, round(height * 4 / 3))))
+    h = h.where(found, torch.tensor(min(height, round(width / (3 / 4)))))
     top, left = (draws.uniform(0, 1) * (height - h + 1)).floor(), (draws.uniform(0, 1) * (width - w + 1)).floor()
     top, left = top.where(found, (height - h) // 2), left.where(found, (width - w) // 2)
     return torch.stack([top, left, h, w], 1).long()
@@ -1460,8 +1329,7 @@ def resampling_matrix(start: Tensor, length: Tensor, pixels: int, size: int, int
         weights = (1 - t).clamp(min=0)
     else:
         raise ValueError(f"interpolation is bilinear or bicubic, not {interpolation}")
-    first, last = start[:, None, None], (start + length)[:, None, None]
-    weights = weights * ((position > first) & (position < last))
+    weights = weights * ((position > start[:, None, None]) & (position < (start + length)[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
 
@@ -1502,8 +1370,8 @@ def adjust_color(
     """Colour jitter with given factors, (n,) each, applied to each image in its own `order`: (n, 4) permutations of
     0 brightness, 1 contrast, 2 saturation, 3 hue.
 
-    The first three are blends f·x + (1 - f)·other with black, with the mean grey and with the grey image, clipped to
-    [0, 1]; so one blend with per-image factors serves whichever of them is that image's turn. Factor 1 changes nothing.
+    The first three blend with black, with the mean grey and with the grey image, f·x + (1 - f)·other in [0, 1]; so one
+    blend with per-image factors serves whichever of them is that image's turn. Factor 1 changes nothing.
     """
     factors = torch.stack([brightness, contrast, saturation, torch.ones_like(hue)], 1)  # n×4
     for turn in order.unbind(1):
@@ -1530,9 +1398,7 @@ def grayscale(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Blur with an odd `kernel_size` and standard deviation `sigma` (n,) in pixels, mirrored at the border; images with
-    sigma 0 are left alone. Separable and linear: two banded matrix products per image.
-    """
+    """Blur with an odd `kernel_size` and standard deviations `sigma` (n,) in pixels, 0 for none; mirrored border."""
     index = sigma.nonzero()[:, 0]
     if len(index) == 0:
         return x
@@ -1578,9 +1444,8 @@ def knn_scores(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy, fractions, of the weighted nearest-neighbour classifier (Wu et al., arXiv 1805.01978).
 
-    Each test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training
-    images. train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k counts N at most. Computed in
-    float32 (float64 stays). Needs `full_precision`.
+    A test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training images.
+    train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k counts N at most. In float32 or float64.
     """
     classes = int(max(train_y.max(), test_y.max())) + 1
     top1 = top5 = 0
@@ -1609,10 +1474,9 @@ def knn_accuracy(
 def embedding_health(z: Tensor) -> dict[str, float]:
     """Two signs of collapse in a batch of finite embeddings (n, d), n >= 2.
 
-    embedding_std: standard deviation of z/|z| over the batch, averaged over dimensions; 1/sqrt(d) if isotropic, 0
-    if all embeddings are the same (Chen and He, arXiv 2011.10566, section 4.1).
-    effective_rank: exp of the entropy of the normalised singular values of z/|z|; 1 if all lie on one line, at most
-    min(n, d) (Roy and Vetterli 2007; Garrido et al., arXiv 2210.02885). Taken over the first 512 rows.
+    embedding_std: standard deviation of z/|z| over the batch, averaged over dimensions; 1/sqrt(d) if isotropic, 0 if
+    all are the same (arXiv 2011.10566, section 4.1). effective_rank: exp of the entropy of the normalised singular
+    values of the first 512 z/|z|; 1 if all lie on a line, at most min(n, d) (Roy and Vetterli 2007; arXiv 2210.02885).
     """
     z = F.normalize(z.float(), dim=1)
     rows = z[:512].double()
@@ -1622,15 +1486,15 @@ def embedding_health(z: Tensor) -> dict[str, float]:
     return {"embedding_std": z.std(0).mean().item(), "effective_rank": torch.special.entr(p).sum().exp().item()}
 
 
-def signs_of_collapse(z: Tensor) -> dict[str, str]:
-    """{sign: what it says} of embeddings z (n, d) that have collapsed; empty if they are healthy."""
-    health, isotropic, scale = embedding_health(z), z.shape[1] ** -0.5, z.float().std(0).mean().item()
-    std, rank, signs = health["embedding_std"], health["effective_rank"], {}
-    if std < isotropic / 20:
-        signs["std"] = f"the normalised embeddings have std {std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
+def signs_of_collapse(z: Tensor, embedding_std: float, effective_rank: float) -> dict[str, str]:
+    """{sign: what it says} of embeddings z (n, d) that have collapsed, with their health; empty if they have not."""
+    isotropic, scale, signs = z.shape[1] ** -0.5, z.float().std(0).mean().item(), {}
+    if embedding_std < isotropic / 20:
+        small = f"std {embedding_std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
+        signs["std"] = f"the normalised embeddings have {small}"
     # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
-    if rank < min(5, z.shape[1] / 8, len(z) / 4):
-        signs["rank"] = f"the embeddings have effective rank {rank:.2f} in {z.shape[1]} dimensions"
+    if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
+        signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
     if scale < 1e-3:
         signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
     return signs
