@@ -9,18 +9,19 @@ import re
 
 import numpy as np
 import pytest
+import quick
 import torch
 import torch.nn.functional as F
 import torchvision
 import vectors
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from strategies import matrices, numbers, pairs
 
 import moco
-from common import Data, Draws
+from common import Draws
 from moco import Args, GroupBatchNorm2d, MoCo, Queue, encode_keys, group_batchnorm, info_nce_loss, momentum_update
 
 close = torch.testing.assert_close
@@ -394,6 +395,46 @@ def test_a_converted_backbone_is_still_torchvisions(convert):
     close(model.eval().backbone(x), plain.eval()(x))
 
 
+@given(grouped())
+def test_made_alone_it_is_ordinary_batchnorm(batch):
+    """`GroupBatchNorm2d(C)` has one group until it is given more."""
+    x, _, _ = batch
+    ours, plain = GroupBatchNorm2d(x.shape[1]).double(), torch.nn.BatchNorm2d(x.shape[1]).double()
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    got, want = ours(x1), plain(x2)
+    close(got, want, rtol=1e-9, atol=1e-9)
+    close(dict(ours.state_dict()), dict(plain.state_dict()), rtol=1e-9, atol=1e-9)
+    (got**3).sum().backward()
+    (want**3).sum().backward()
+    close(x1.grad, x2.grad, rtol=1e-6, atol=1e-6)
+    close(ours.weight.grad, plain.weight.grad, rtol=1e-6, atol=1e-6)
+
+
+@given(st.integers(1, 24), st.integers(1, 12), st.sampled_from([1, 2]))
+@example(rows=12, groups=8, world=1)
+def test_a_batch_that_does_not_split_into_equal_groups_is_refused(rows, groups, world):
+    """On several processes, each has a share of the groups."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    x = torch.arange(3.0 * rows * 6).sin().reshape(rows, 3, 3, 2)
+    group_batchnorm(net, groups * world)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moco, "rank_and_world", lambda: (0, world))
+        if rows % groups == 0:
+            assert net(x).shape == (rows, 2, 3, 2)
+        else:
+            with pytest.raises(ValueError, match=f"{rows} images .* {groups * world} groups"):
+                net(x)
+            assert net[1].num_batches_tracked == 0
+        assert net.eval()(x).shape == (rows, 2, 3, 2), "in eval mode there are no groups"
+
+
+def test_batchnorm_of_vectors_cannot_work_in_groups():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+    with pytest.raises(TypeError, match="BatchNorm1d"):
+        group_batchnorm(net, 2)
+
+
 @given(st.lists(numbers(), min_size=6, max_size=6))
 def test_one_process_has_nothing_to_average(values):
     net = small_network(values)
@@ -435,7 +476,8 @@ def checked(args: Args, images: int) -> int | str:
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
-            return moco.check(args, images)
+            moco.check(args, images)
+            return moco.queue_size(args, images)
         except SystemExit as end:
             assert end.code == 2 and said.getvalue().count("\n") == 1
             return said.getvalue()
@@ -466,38 +508,14 @@ def test_flags_that_do_not_fit_are_refused_with_what_does(batch, more, groups, q
     assert groups == parts or groups < 1 or batch % groups or batch < 2 * groups or groups % world
 
 
-@pytest.mark.parametrize("flag", ["key_momentum=1.5", "key_momentum=-0.1", "key_momentum=nan", "temperature=-1"])
-def test_impossible_numbers_are_refused(flag):
-    name, value = flag.split("=")
-    assert f"--{name.replace('_', '-')}" in checked(Args(batch_size=32, **{name: float(value)}), 100)
-
-
-def pixels(count: int) -> Data:
-    generator = torch.Generator().manual_seed(0)
-    return Data(torch.randint(256, (count, 3, 16, 16), generator=generator).byte(), None, torch.zeros(count).long(), [])
-
-
 @pytest.fixture
-def tiny(monkeypatch):
-    """Forty images and a network of one convolution."""
-
-    def network(*_, **__):
-        layers = [torch.nn.Conv2d(3, 6, 3, stride=2), torch.nn.BatchNorm2d(6), torch.nn.ReLU()]
-        return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()), 24
-
-    monkeypatch.setattr(moco, "backbone", network)
-    monkeypatch.setattr(moco, "load_data", lambda args, device: (pixels(40), None))
-
-
-def train(folder, **flags) -> dict[str, float]:
-    small = dict(
-        image_size=16, batch_size=8, bn_groups=2, queue_size=24, head_dim=8, epochs=2, warmup_epochs=0, log_every=1
-    )
-    return moco.main(Args(**small | {"run_dir": str(folder)} | flags))
+def train(tmp_path, monkeypatch):
+    args = Args(image_size=16, batch_size=8, bn_groups=2, queue_size=24, head_dim=8, epochs=2, warmup_epochs=0)
+    return quick.trainer(moco, args, 40, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v2+"])
-def test_each_step_updates_the_key_network_then_compares_then_enqueues(version, tiny, tmp_path, monkeypatch):
+def test_each_step_updates_the_key_network_then_compares_then_enqueues(version, train, monkeypatch):
     order, keys, drift = [], collections.deque(), []
     update, encode, loss, enqueue = momentum_update, encode_keys, info_nce_loss, Queue.enqueue
 
@@ -537,18 +555,15 @@ def test_each_step_updates_the_key_network_then_compares_then_enqueues(version, 
     for name, spy in [("momentum_update", spy_update), ("encode_keys", spy_encode), ("info_nce_loss", spy_loss)]:
         monkeypatch.setattr(moco, name, spy)
     monkeypatch.setattr(Queue, "enqueue", spy_enqueue)
-    train(tmp_path, version=version, max_steps=7)
+    saved = train(version=version, max_steps=7)["queue"]
     assert order == 7 * one_step
     assert drift[0] == 0 and min(drift[1:]) > 0, "the key network starts as a copy and follows"
-    saved = torch.load(tmp_path / "checkpoint.pt")["queue"]
     close(torch.cat(list(keys)), saved["keys"].roll(-saved["oldest"].item(), 0), rtol=0, atol=0)
 
 
-def test_a_resumed_run_goes_on_with_the_same_keys(tiny, tmp_path):
-    train(tmp_path / "whole", max_steps=7)
-    train(tmp_path / "parts", max_steps=4)
-    train(tmp_path / "parts", max_steps=7)
-    whole, parts = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+def test_a_resumed_run_goes_on_with_the_same_keys(train):
+    train("parts", max_steps=4)
+    whole, parts = train("whole", max_steps=7), train("parts", max_steps=7)
     for name in ("model", "key_network", "queue"):
         assert whole[name].keys() == parts[name].keys()
         for key, tensor in whole[name].items():
