@@ -190,7 +190,7 @@ def main(args: Args) -> dict[str, float]:
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    run.start(model=model, optimizer=optimizer)  # goes on from the checkpoint, if there is one
+    run.start(model=model, optimizer=optimizer)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
     peak_lr_biases = args.base_lr_biases * args.batch_size / 256

@@ -253,7 +253,7 @@ def main(args: Args) -> dict[str, float]:
     ]
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    run.start(model=model, optimizer=optimizer, target=target)  # goes on from the checkpoint, if there is one
+    run.start(model=model, optimizer=optimizer, target=target)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
 

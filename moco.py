@@ -289,12 +289,11 @@ def main(args: Args) -> dict[str, float]:
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     key_network = copy.deepcopy(model).requires_grad_(False)  # in training mode, as the query network
     queue = Queue(queue_size(args, len(run.train)), args.head_dim).to(run.device, run.dtype)
-    run.start(
-        model=model, optimizer=optimizer, key_network=key_network, queue=queue
-    )  # goes on from the checkpoint, if there is one
+    run.start(model=model, optimizer=optimizer, key_network=key_network, queue=queue)  # from a checkpoint, if any
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
     temperature = args.temperature or (0.07 if args.version == "v1" else 0.2)
+    symmetric = args.version == "v2+"  # each view is query once and key once
 
     for step, (view1, view2) in run.batches(crops(args)):
         lr = run.schedule(step, peak_lr, final=0.0)
@@ -304,17 +303,12 @@ def main(args: Args) -> dict[str, float]:
         x2 = augment(*view2, args)
         momentum_update(key_network, model, args.key_momentum)  # before the keys; nothing to do in the first step
         with run.autocast:
-            if args.version == "v2+":
-                q = network(x1, x2)  # 2n×d
-                keys = [
-                    encode_keys(key_network, x2, view2.draws),
-                    encode_keys(key_network, x1, view1.draws),
-                ]  # N×d each
-            else:
-                q = network(x1)  # n×d
-                keys = [encode_keys(key_network, x2, view2.draws)]  # N×d
-        k = torch.cat([everyone[my_rows(args.batch_size)] for everyone in keys])  # n×d or 2n×d, as q
-        loss, terms = info_nce_loss(q, k, queue.keys, temperature)  # for v2+ the mean of both directions
+            q = network(x1, x2) if symmetric else network(x1)  # 2n×d or n×d
+            keys = [encode_keys(key_network, x2, view2.draws)]  # N×d
+            if symmetric:
+                keys.append(encode_keys(key_network, x1, view1.draws))
+        k = torch.cat([everyone[my_rows(args.batch_size)] for everyone in keys])  # as q
+        loss, terms = info_nce_loss(q, k, queue.keys, temperature)  # where symmetric, the mean of both directions
         queue.enqueue(keys[0])  # after the loss: no key is its own negative
 
         optimizer.zero_grad()

@@ -87,7 +87,8 @@ RECIPES = {
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3, crop_min_scale=0.14, blur=True, epsilon=0.05,
-        prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96, small_scale=(0.05, 0.14), jitter_strength=1.0,
+        prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96, small_scale=(0.05, 0.14),
+        jitter_strength=1.0,
     ),
 }  # fmt: skip
 
@@ -274,7 +275,7 @@ def main(args: Args) -> dict[str, float]:
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     queue = Queue(args.queue_length, args.projector_dim, run.device, run.dtype)
-    run.start(model=model, optimizer=optimizer, queue=queue)  # goes on from the checkpoint, if there is one
+    run.start(model=model, optimizer=optimizer, queue=queue)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
     frozen_steps = round(args.freeze_prototypes_epochs * run.steps_per_epoch)
@@ -311,7 +312,7 @@ if __name__ == "__main__":
 #
 # LARS                  of every tensor; divides by the norm   –          of every tensor (LARC); divides by the sum of
 #                       of gradient and decay together                    the norms of gradient and decay
-# projector             no bias before BatchNorm               –          one, with a gradient of rounding; LARC scales it up
+# projector             no bias before BatchNorm               –          with one: its gradient is rounding, scaled up by LARC
 # warm-up               from 0                                 –          from 0.3 to 4.8: from a sixteenth of the peak
 # scores                in float32 under autocast, too (1)     –          fp16
 # queue                 its rows are kept once for all ranks   –          each rank has the rows of its own images
