@@ -312,7 +312,7 @@ if __name__ == "__main__":
 #
 # LARS                  of every tensor; divides by the norm   –          of every tensor (LARC); divides by the sum of
 #                       of gradient and decay together                    the norms of gradient and decay
-# projector             no bias before BatchNorm               –          with one: its gradient is rounding, scaled up by LARC
+# projector             no bias before BatchNorm               –          with one, though BatchNorm removes it
 # warm-up               from 0                                 –          from 0.3 to 4.8: from a sixteenth of the peak
 # scores                in float32 under autocast, too (1)     –          fp16
 # queue                 its rows are kept once for all ranks   –          each rank has the rows of its own images
