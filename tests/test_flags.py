@@ -51,7 +51,7 @@ IMPOSSIBLE = [
 ]
 
 
-@pytest.mark.parametrize("method, flags, named", IMPOSSIBLE)
+@pytest.mark.parametrize("method, flags, named", IMPOSSIBLE, ids=[f"{case[0]} {case[1]}" for case in IMPOSSIBLE])
 def test_impossible_flags_are_answered_in_one_line_before_anything_is_written(method, flags, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         methods.module(method).main(methods.tiny(method, tmp_path / "run", **flags))
