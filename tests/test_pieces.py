@@ -245,6 +245,11 @@ def adjust_color(m) -> Tensor:
     return m.adjust_color(images(), factor, factor.flip(0), 2 - factor, factor - 1, order.argsort(1))
 
 
+def signs_of_collapse(m) -> dict[str, str]:
+    z = torch.ones(8, 16)
+    return m.signs_of_collapse(z, **m.embedding_health(z))
+
+
 def linear_probe(m) -> list[Any]:
     with pytest.raises(SystemExit) as diverged:
         m.linear_probe(*labelled(), epochs=2, learning_rates=(float("inf"),), weight_decays=(0.0,))
@@ -296,7 +301,7 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "common.knn_scores": lambda m: m.knn_scores(*labelled(), k=5),
     "common.knn_accuracy": lambda m: m.knn_accuracy(*labelled(), k=5),
     "common.embedding_health": lambda m: m.embedding_health(views()[0]),
-    "common.signs_of_collapse": lambda m: m.signs_of_collapse(torch.ones(8, 16)),
+    "common.signs_of_collapse": signs_of_collapse,
     "evaluate.linear_probe": linear_probe,
 }
 
