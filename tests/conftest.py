@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import hypothesis
-import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,10 +18,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("default")
-os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are faster on one thread, and sums are then taken in one order."""
-    torch.set_num_threads(1)
+# For this process, before torch and numpy are imported, and for those that tests start. Tiny tensors are faster on one
+# thread, sums are then taken in one order, and a process without threads can be forked.
+os.environ["OMP_NUM_THREADS"] = "1"
+# As pyproject.toml has it for this process. A forked one inherits that.
+os.environ["PYTHONWARNINGS"] = "error::DeprecationWarning,error::FutureWarning"

@@ -1,11 +1,16 @@
 """The number of processes is a matter of speed, never of result."""
 
 import math
+import os
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from methods import METHODS, metrics, module, small_folder, tiny
+import torch.multiprocessing as mp
+from methods import METHODS, metrics, module, narrow, run, small_folder, tiny
+from PIL import Image
 from torch import Tensor, nn
 from worlds import run_on
 
@@ -14,26 +19,22 @@ import common
 close = torch.testing.assert_close
 WORLDS = [1, 2, 4]
 
-# What is trained: all on one and on two processes; on four, which two cores run slowly, the second. A ResNet once, a
-# network of two narrow convolutions otherwise: its gradients take less time from process to process.
+# What is trained: all on one and on two processes; on four, which two cores run slowly, the second. A ResNet for two
+# methods, one of them with BatchNorm in groups; two narrow convolutions for all.
 RUNS = {
     "float64 lars resnet10": {"precision": "fp64", "optimizer": "lars"},
     "float64 lars narrow": {"precision": "fp64", "optimizer": "lars"},
     "float64 sgd narrow": {"precision": "fp64", "optimizer": "sgd", "base_lr": 0.2},
     "float32 lars narrow": {"precision": "fp32", "optimizer": "lars", "base_lr": 0.02},  # large steps magnify rounding
 }
-ON = {1: list(RUNS), 2: list(RUNS), 4: ["float64 lars narrow"]}
+WITH_RESNET = ("simclr", "moco")
+TRAINED = [(method, name) for name in RUNS for method in METHODS if "narrow" in name or method in WITH_RESNET]
+ON = {1: TRAINED, 2: TRAINED, 4: [(method, "float64 lars narrow") for method in METHODS]}
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
-def narrow(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
-    first = [nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    second = [nn.Conv2d(8, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
-    return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 16
-
-
 def train(method: str, folder: str, flags: dict) -> dict[str, float]:
-    flags = {"epochs": 2, "eval_every": 2, "save_every": 2, **flags}
+    flags = {"epochs": 2, "max_steps": 6, "eval_every": 2, "save_every": 2, **flags}
     file = module(method)
     usual = file.backbone
     try:
@@ -47,29 +48,22 @@ def train(method: str, folder: str, flags: dict) -> dict[str, float]:
 def runs(tmp_path_factory) -> Path:
     """A folder <world>/<method> <run> for every combination, all trained; and "4 then 1" for every method."""
     root, data = tmp_path_factory.mktemp("worlds"), small_folder()
-    torch.set_num_threads(1)
 
     def job(world: str, method: str, name: str, **flags):
         return train, (method, str(root / world / f"{method} {name}"), {**RUNS[name], "data_dir": data, **flags})
 
     for world in WORLDS:
-        jobs = [job(str(world), method, name) for method in METHODS for name in ON[world]]
+        jobs = [job(str(world), method, name) for method, name in ON[world]]
         if world == 4:
-            jobs += [job("4 then 1", method, "float64 lars narrow", max_steps=5) for method in METHODS]
-        if world > 1:
-            run_on(world, jobs)
-        else:
-            for function, arguments in jobs:
-                function(*arguments)
-    for method in METHODS:
-        function, arguments = job("4 then 1", method, "float64 lars narrow")
-        function(*arguments)
+            jobs += [job("4 then 1", method, "float64 lars narrow", max_steps=3) for method in METHODS]
+        run_on(world, jobs)
+    run_on(1, [job("4 then 1", method, "float64 lars narrow") for method in METHODS])
     return root
 
 
 def assert_same_metrics(one: Path, other: Path, tolerance: float, but: set[str]) -> None:
     want, got = ([line for line in metrics(run) if not but & line.keys() or "loss" in line] for run in (one, other))
-    assert len(want) == len(got) >= 8
+    assert len(want) == len(got) >= 6
     for a, b in zip(want, got, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - but - {"images_per_s"}:
@@ -77,8 +71,7 @@ def assert_same_metrics(one: Path, other: Path, tolerance: float, but: set[str])
             assert same, (a["step"], key, a[key], b[key])
 
 
-@pytest.mark.parametrize("world, name", [(world, name) for world in WORLDS[1:] for name in ON[world]])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, name, world", [(*run, world) for world in WORLDS[1:] for run in ON[world]])
 def test_losses_and_weights_are_those_of_one_process(runs, method, name, world):
     alone, together = runs / "1" / f"{method} {name}", runs / str(world) / f"{method} {name}"
     exact = name.startswith("float64")
@@ -95,6 +88,51 @@ def test_losses_and_weights_are_those_of_one_process(runs, method, name, world):
 def test_a_run_begun_on_four_processes_and_continued_on_one_is_the_run_on_two(runs, method):
     folders = [runs / world / f"{method} float64 lars narrow" for world in ("2", "4 then 1")]
     assert_same_metrics(*folders, 1e-9, {"knn_top1", "effective_rank"})
+
+
+def test_a_process_that_calls_what_is_deprecated_fails():
+    """Both kinds that tests start: a rank, and a program of its own."""
+    for category in (DeprecationWarning, FutureWarning):
+        with pytest.raises(mp.ProcessRaisedException, match="will be gone"):
+            run_on(1, [(warnings.warn, ("it will be gone", category))])
+    program = "import torch, warnings; warnings.warn('it will be gone', FutureWarning)"
+    ended = run([sys.executable, "-c", program])
+    assert ended.returncode == 1 and "FutureWarning: it will be gone" in ended.stderr
+
+
+# --------------------------------------------------------------------------------------------------- images
+
+
+@pytest.mark.parametrize("kept", ["in memory", "as files"])
+def test_a_batch_knows_the_images_of_all_ranks(tmp_path, monkeypatch, kept):
+    """Image i is all of one grey, 20 i, and in class i % 3, so that every view tells of which image it is."""
+    for i in range(12):
+        folder = tmp_path / "abc"[i % 3]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i,) * 3).save(folder / f"{i}.png")
+    monkeypatch.setattr(common, "RESIDENT_BYTES", 2**20 if kept == "in memory" else 0)
+    data, _ = common.load_folder(tmp_path)
+    assert (data.pixels is None) == (kept == "as files")
+    compute, _ = common.compute_in("fp64", torch.device("cpu"))
+    steps, crops = range(1, 6), [common.Crop(8, (0.2, 1.0))] * 2  # from the second step on, into the second epoch
+    for world in WORLDS:
+        seen = []  # for each rank, (index, labels, images that its views show) of each step
+        for rank in range(world):
+            monkeypatch.setattr(common, "rank_and_world", lambda rank=rank, world=world: (rank, world))
+            made = common.batches(data, crops, steps, 4, 7, compute)
+            seen.append(
+                [(b.index, b.labels, [(view.x.mean((1, 2, 3)) * 255 / 20).round() for view in b]) for b in made]
+            )
+        for step in range(len(steps)):
+            index, labels, _ = seen[0][step]
+            assert index.dtype == labels.dtype == torch.int64 and index.shape == labels.shape == (4,)
+            shown = [torch.cat([rank[step][2][view] for rank in seen]).long() for view in range(2)]
+            assert all(torch.equal(rank[step][0], index) and torch.equal(rank[step][1], labels) for rank in seen)
+            assert torch.equal(shown[0], shown[1]) and torch.equal(labels, shown[0] % 3)
+            if data.files is None:
+                assert torch.equal(data.pixels[index, 0, 0, 0].long(), 20 * shown[0])
+            else:
+                assert [int(Path(os.fsdecode(file)).stem) for file in data.files[index.numpy()]] == shown[0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------ gradients
