@@ -14,9 +14,9 @@ the dimensions from repeating each other (try `--lambd 0`).
 
 What you should see: the loss starts near d, since the two views are hardly correlated, and `on_diagonal` falls from
 there. The loss need not come near 0: with n images, C has rank n - 1 at most, so where d is larger it stays above
-d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1, which is 36 at n = 128, d = 1024 and 124 in recipe imagenet.
-Sick: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near d², or
-`rank` sticks at a few (the dimensions repeat each other).
+d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1. This bound is 36 at n = 128, d = 1024 and 124 in recipe imagenet.
+Signs of trouble: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near
+d², or `rank` sticks at a few (the dimensions repeat each other).
 
     python barlow.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -38,6 +38,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
+    check_positive,
     color_jitter,
     distribute,
     full_precision,
@@ -52,7 +53,7 @@ from common import (
 @dataclass
 class Args(Flags):
     base_lr: float = 3.0
-    base_lr_biases: float = 0.01  # the same for biases and BatchNorm, which LARS does not adapt
+    base_lr_biases: float = 0.01  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
     lambd: float = 0.0051  # lambda, weight of the redundancy term (paper: 0.005)
     projector_hidden: int = 1024  # width of the projector's two hidden layers
     projector_dim: int = 1024  # d, width of the embeddings
@@ -68,10 +69,11 @@ RECIPES = {
         projector_hidden=2048, projector_dim=2048,
     ),
     # Section 2.2 and the official code. The authors' best --base-lr at other batch sizes (300 epochs, issue 7 of their
-    # repository): 0.7 at 128, 0.4 at 256, 0.3 at 512, 0.25 at 1024, 0.2 at 4096. Those runs had one rate for
-    # all and multiplied the loss by 0.024: --base-lr-biases at 0.0015 (0.024 / 16) of --base-lr does the same to those.
-    # Biases and BatchNorm take the raw gradient, which in the official code is 1/W of the true one on W processes (the
-    # sum of C over processes is not differentiated, then DDP averages). Its 0.0048 with W = 16 is 0.0048 / 16 here.
+    # repository): 0.7 at 128, 0.4 at 256, 0.3 at 512, 0.25 at 1024, 0.2 at 4096.
+    # Biases and BatchNorm take the raw gradient. In the official code that is 1/W of the true one on W processes: the
+    # sum of C over processes is not differentiated, and then DDP averages. Its rate of 0.0048 on W = 16 (its README)
+    # is 0.0048 / 16 = 0.0003 here. The runs of issue 7 had one rate for all and a loss multiplied by 0.024: to repeat
+    # one, set --base-lr-biases to 0.024 / 16 = 0.0015 of --base-lr.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=2048, epochs=1000, warmup_epochs=10, base_lr=0.2, crop_min_scale=0.08, blur=True,
@@ -84,6 +86,7 @@ def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
     check_least(args, 1, "projector_hidden", "projector_dim")
     check_least(args, 0, "lambd", "base_lr_biases")
+    check_positive(args, "base_lr")  # of which base_lr_biases is a multiple
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -144,7 +147,7 @@ def standardize(z: Tensor, eps: float = 1e-5) -> Tensor:
 
     The variance is the biased one, over n. eps keeps a constant dimension at 0, with a finite gradient.
     """
-    z = z - z[:1].detach()  # a shift changes nothing, but rounding in the mean of a large constant would
+    z = z - z[:1].detach()  # a shift changes nothing, and this one spares large means their rounding
     return F.batch_norm(z, None, None, training=True, eps=eps)
 
 
@@ -152,14 +155,14 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, lambd: float = 0.0051) -> tuple[Te
     """Eq. 1 for this rank's embeddings of two views, (n, d) each; a sum over dimensions, not divided by d.
 
     Computed on the rows of all ranks, in float32 (float64 stays). Terms: the sums over the diagonal (the paper's
-    invariance term) and over the rest (its redundancy reduction term), both unweighted. Needs n >= 2 over all ranks.
+    invariance term) and over the rest (its redundancy reduction term), both unweighted. Needs N >= 2 over all.
 
     The sum of all C_ij² is tr(CᵀC) = tr(z1z1ᵀ z2z2ᵀ)/n², and the diagonal of C is known without forming C. So at
     n = 256, d = 8192 two 256×256 matrices are formed and not one of 8192×8192, with the same value and gradient.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (all_gather(full_precision(z)) for z in (z1, z2))  # N×d
-        n, d = z1.shape
+        n, d = z1.shape  # from here on, n is N
         if n < 2:
             raise ValueError("Barlow Twins needs at least two images: correlations are over the batch")
         z1, z2 = standardize(z1), standardize(z2)
@@ -186,20 +189,22 @@ def main(args: Args) -> dict[str, float]:
     model = run.place(BarlowTwins(args))  # on the device; --init; BatchNorm over the images of all processes
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
-    # What exempts them: under LARS `adapt=False` alone, from adaptation and decay; under SGD the decay of 0.
-    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
+    # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
+    factor = args.base_lr_biases / args.base_lr
+    groups = [
+        {"params": weights, "factor": 1.0},
+        {"params": others, "factor": factor, "weight_decay": 0.0, "adapt": False},
+    ]
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run.start(model=model, optimizer=optimizer)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
-    peak_lr_biases = args.base_lr_biases * args.batch_size / 256
 
     for step, (view1, view2) in run.batches(crops(args)):
-        share = run.schedule(step, 1.0, final=1 / 1000)
-        lr, lr_biases = share * peak_lr, share * peak_lr_biases
-        for group, rate in zip(optimizer.param_groups, (lr, lr_biases), strict=True):
-            group["lr"] = rate
+        lr = run.schedule(step, peak_lr, final=peak_lr / 1000)
+        for group in optimizer.param_groups:
+            group["lr"] = group["factor"] * lr
         x1 = augment(*view1, args, blur=1.0, solarization=0.0)  # n×3×s×s
         x2 = augment(*view2, args, blur=0.1, solarization=0.2)
         with run.autocast:
@@ -222,8 +227,8 @@ if __name__ == "__main__":
 # (–: it does not say)  here                                   paper      official code
 #
 # gradient              the true one                           –          1/W of it on W processes: see RECIPES
-# rate of biases        0.0003 in `imagenet`: 0.0048 / 16      –          0.0048
-# weight decay          1e-6                                   1.5e-6     1e-6, beside 1/16 of the gradient: 1.6e-5 here
+# rate of biases        0.0003 in `imagenet`: 0.0048 / 16      0.0048     0.0048, on a gradient 16 times smaller
+# weight decay          1e-6                                   1.5e-6     1e-6, on such a gradient: equals 1.6e-5
 # lambda                0.0051                                 0.005      0.0051
 # precision             bf16 on a GPU, the loss in float32     –          fp16, the loss's products, too
 # BatchNorm of z        written out in the loss                –          a module; nothing reads its running statistics

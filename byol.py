@@ -8,19 +8,19 @@ the other view of the image. The target is not trained: it follows the online ne
 
     loss of one direction   |p/|p| - z'/|z'||²  =  2 - 2 cos(p, z'),  a mean over images                   (eq. 2)
     loss                    the sum of both directions: each view is once the online network's, once the target's
-    target                  xi <- tau xi + (1 - tau) theta after every optimizer step; tau rises to 1         (eq. 1)
+    target                  xi <- tau xi + (1 - tau) theta after every optimizer step; tau rises towards 1    (eq. 1)
 
 Nothing in the loss prevents collapse: constant outputs would have loss 0. But the target does not move along the
 gradient of that loss, and in practice the constant is not found as long as there is a predictor that keeps up with
 the projector and a target that moves slowly. Take the predictor away (`--no-predictor`) and it collapses.
 
 `--std-coeff 1 --cov-coeff 0.01` adds VICReg's variance and covariance penalties on the online projections, as the
-VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: in its own 100 epochs on ImageNet, 69.3 % without,
-70.2 % with variance, 69.5 % with both), each normalised as in `vicreg.py`.
+VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: in its own runs of 100 epochs on ImageNet, 69.3 %
+without, 70.2 % with variance, 69.5 % with both), each normalised as in `vicreg.py`.
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise
 again once the target tells images apart, so a low loss alone is no sign of good features. `std` stays of the order of
-1/sqrt(d), which is printed beside it. Sick: the loss near 0 with `std` near 0 or `rank` near 1.
+1/sqrt(d), which is printed beside it. Signs of trouble: the loss near 0 with `std` near 0 or `rank` near 1.
 
     python byol.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -69,8 +69,8 @@ class Args(Flags):
     predictor: bool = True  # without it, training collapses (table 5b)
     predictor_lr_factor: float = 10.0  # learning rate of the predictor's weights over that of the rest; the paper: 1
     zero_init: bool = False  # start residual branches at zero: slower at first, and `quick` is short
-    std_coeff: float = 0.0  # weight of VICReg's variance penalty on the online projections
-    cov_coeff: float = 0.0  # weight of VICReg's covariance penalty on the online projections
+    std_coeff: float = 0.0  # weight of VICReg's variance penalty on the projections
+    cov_coeff: float = 0.0  # weight of VICReg's covariance penalty on the projections
     solarize: bool = False  # invert bright values; part of the paper's views
 
 
@@ -245,7 +245,7 @@ def main(args: Args) -> dict[str, float]:
     weights = [p for part in (model.backbone, model.projector) for p in part.parameters() if p.ndim > 1]
     predictor = [p for p in model.predictor.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
-    # What exempts them: under LARS `adapt=False` alone, from adaptation and decay; under SGD the decay of 0.
+    # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
     groups = [
         {"params": weights, "factor": 1.0},
         {"params": predictor, "factor": args.predictor_lr_factor},
@@ -267,7 +267,8 @@ def main(args: Args) -> dict[str, float]:
             p1, p2, z1, z2 = network(x1, x2)  # n×d each
             with torch.no_grad():
                 target1, target2 = target(x1, x2)  # n×d each
-        (loss1, terms1), (loss2, terms2) = byol_loss(p1, target2), byol_loss(p2, target1)
+        loss1, terms1 = byol_loss(p1, target2)
+        loss2, terms2 = byol_loss(p2, target1)
         loss = loss1 + loss2  # not halved: biases and BatchNorm see its scale, LARS hides it from the weights
         terms = {"cosine": (terms1["cosine"] + terms2["cosine"]) / 2}
         if args.std_coeff or args.cov_coeff:
@@ -292,7 +293,7 @@ if __name__ == "__main__":
 # (–: it does not say)  here                                   paper      official code
 #
 # initial target        a copy of the online network (1)       –          other random weights
-# residual branches     start at zero, not in `quick`          do not     start at zero
+# residual branches     start at zero, not in `quick`          not at 0   start at zero
 # predictor's rate      ten times the rest's in `quick` (2)    the rest's  the rest's
 # linear classifier     trained afterwards, by evaluate.py     –          trained along, without gradient to BYOL
 # brightness            multiplied                             –          added

@@ -3,15 +3,15 @@
 In the order in which a method's `main` meets it:
 
     command line    Flags, parse_args, warn, refuse, abort
-    the run         Run, and its three parts: RunFolder (kept), Log (said), Judge (what features are worth)
+    the run         Run, and its parts: RunFolder (checkpoints, signals), Log (metrics, console), Judge (online kNN)
     processes       start_processes, all_gather, my_rows, SyncBatchNorm, distribute, full_precision
-    images          Data, load_data: folders, torchvision's datasets, files decoded by workers, ten procedural textures
+    images          Data, Crop, load_data: folders, torchvision's datasets, decoding by workers, procedural textures
     networks        backbone, read_weights; LARS, cosine_schedule
-    batches         Draws, Crop, View, Batch, batches: who sees which images, with which random numbers
+    batches         Draws, View, Batch, batches: who sees which images, with which random numbers
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
 
-Copy what you need: a piece needs nothing from this file but the functions that it calls.
+Copy what you need: README.md lists what each piece needs.
 """
 
 import argparse
@@ -181,7 +181,7 @@ def check_shared(args) -> None:
 
 # --------------------------------------------------------------------------------------------------- the run
 
-# A run may be continued with other values of these flags; the others decide what it computes.
+# A run may be continued with other values of these flags (of --epochs, with a larger one: it stretches the schedule).
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
 FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard"}
 EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
@@ -190,8 +190,8 @@ BANK_LIMIT = 50_000  # the online kNN compares with at most this many training i
 
 
 class Run:
-    """The corridor through a training script: it knows on what a method trains, how far it is, and what it keeps. Steps
-    count finished updates: step 0 is the untrained network. All ranks call every method, rank 0 writes.
+    """One training run. main calls, in this order: Run, place, start; in the loop batches, schedule, report; and close.
+    A step counts finished updates, and 0 is the untrained network. All ranks call every method, rank 0 writes.
     """
 
     def __init__(self, method: str, args: Flags, recipes: dict[str, dict[str, Any]]):
@@ -256,8 +256,7 @@ class Run:
         world, cuda = rank_and_world()[1], self.device.type == "cuda"
         where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
         batch = f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}"
-        steps = f"{self.total_steps} steps, {self.steps_per_epoch} per epoch"
-        say(f"{batch}; {steps}; base learning rate {args.base_lr:g}")
+        say(f"{batch}; {self.total_steps} steps, {self.steps_per_epoch} per epoch; base learning rate {args.base_lr:g}")
 
     def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
         """(step, its batch) for every step that is left to take."""
@@ -278,7 +277,8 @@ class Run:
         if number or self._due(step, self.args.save_every):
             self._save(step)
         if number:
-            say(f"{signal.Signals(number).name}: saved after step {step}; the same command continues")
+            name, but = signal.Signals(number).name, " without --overwrite" * self.args.overwrite
+            say(f"{name}: saved after step {step}; the same command{but} continues")
             self.close()
             raise SystemExit(128 + number)
 
@@ -325,9 +325,7 @@ def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]
 
 
 def fit_batch_size(args: Flags, images: int) -> int:
-    """`--batch-size`, which is global. The default shrinks to the largest power of two that the images allow; any other
-    is refused if it cannot be taken.
-    """
+    """`--batch-size`, which is global. The default shrinks to a power of two that fits; another must fit."""
     world, most = rank_and_world()[1], 2 ** int(math.log2(images))
     size = min(args.batch_size, most) if args.batch_size == type(args).batch_size else args.batch_size
     if size > images:
@@ -662,8 +660,8 @@ class _AllGather(torch.autograd.Function):
 def all_gather(x: Tensor) -> Tensor:
     """Rows of every rank in rank order, as many from each: (n, ...) -> (world·n, ...); x itself without a group.
 
-    The backward pass sums over ranks: where every rank computes the same loss L of the gathered rows, the gradient is
-    that of world·L. DistributedDataParallel then averages over ranks, which gives exactly the gradient of L.
+    Backward gives each row the gradient of the sum of all ranks' losses, and DistributedDataParallel then averages over
+    ranks. So the result is the gradient of the mean loss, be it the same on all (VICReg) or each rank's own (SimCLR).
     """
     return _AllGather.apply(x) if dist.is_initialized() else x
 
@@ -1275,7 +1273,7 @@ def batch_indices(total: int, batch_size: int, steps: range, seed: int) -> Itera
 # ----------------------------------------------------------------------------------------------- augmentation
 #
 # Batched: x is (n, 3, H, W), floats in [0, 1] on any device, and every parameter has one entry per image, on the CPU.
-# It goes to the device without blocking: a copy that blocks would wait for all work that came before.
+# Parameters go to the device without blocking: a copy that blocks would wait for all work that came before.
 
 
 def random_boxes(draws: Draws, height: int, width: int, scale: tuple[float, float]) -> Tensor:
@@ -1308,8 +1306,8 @@ def resized_crop(x: Tensor, boxes: Tensor, size: int, interpolation: str, flip: 
     boxes = boxes.to(x.device, non_blocking=True)
     rows = resampling_matrix(boxes[:, 0], boxes[:, 2], x.shape[2], size, interpolation)  # n×s×H
     columns = resampling_matrix(boxes[:, 1], boxes[:, 3], x.shape[3], size, interpolation)  # n×s×W
-    if flip is not None:
-        columns = columns.flip(1).where(per_image(flip, x)[..., 0] > 0, columns)
+    flip = per_image(torch.zeros(len(x)) if flip is None else flip, x)[..., 0] > 0
+    columns = columns.flip(1).where(flip, columns)
     rows, columns = rows.to(x.dtype), columns.to(x.dtype)
     x = torch.bmm(x.flatten(1, 2), columns.mT).unflatten(1, x.shape[1:3])  # n×3×H×s
     x = rows[:, None] @ x  # n×3×s×s
@@ -1355,9 +1353,9 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     value, low = part.amax(1, keepdim=True), part.amin(1, keepdim=True)  # m×1×H×W
     chroma = value - low
     r, g, b = (((value - c) / chroma.where(chroma > 0, 1)) for c in part.split(1, 1))
-    # Six sectors of the colour circle, counted from red: each is the distance from the primary that is largest.
+    # Hue in sixths of the colour circle, counted from red: 0, 2 or 4 of the largest channel, and how far it is from it.
     hue = (b - g).where(r == 0, (2 + r - b).where(g == 0, 4 + g - r)) + 6 * shift  # m×1×H×W
-    # Back: a channel is low + chroma on its third of the circle, low opposite, linear in between.
+    # Back: a channel is high within a sixth of its primary, low beyond two sixths, linear in between.
     third = per_image(torch.tensor([0, 4, 2]), x)[:, 0]  # 3×1×1
     angle = (hue + third).remainder(6)
     turned = low + chroma * ((angle - 3).abs() - 1).clamp(0, 1)  # m×3×H×W
@@ -1399,6 +1397,8 @@ def grayscale(x: Tensor, chosen: Tensor) -> Tensor:
 
 def gaussian_blur(x: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
     """Blur with an odd `kernel_size` and standard deviations `sigma` (n,) in pixels, 0 for none; mirrored border."""
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floats in [0, 1], not {x.dtype}: divide them by 255 first")
     index = sigma.nonzero()[:, 0]
     if len(index) == 0:
         return x
@@ -1445,7 +1445,7 @@ def knn_scores(
     """Top-1 and top-5 accuracy, fractions, of the weighted nearest-neighbour classifier (Wu et al., arXiv 1805.01978).
 
     A test image takes the class with the largest sum of exp(cosine / temperature) over its k nearest training images.
-    train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k counts N at most. In float32 or float64.
+    train_x (N, d), train_y (N,), test_x (M, d), test_y (M,), labels from 0; k is capped at N. In float32 or float64.
     """
     classes = int(max(train_y.max(), test_y.max())) + 1
     top1 = top5 = 0
@@ -1455,7 +1455,7 @@ def knn_scores(
         for x, y in zip(test_x.split(rows), test_y.split(rows), strict=True):
             similarity, index = (x @ train_x.T).topk(min(k, len(train_x)), dim=1)  # m×k
             votes = torch.zeros(len(x), classes, dtype=x.dtype, device=x.device)
-            # A common factor decides nothing: with the nearest at exp(0), no temperature overflows.
+            # Scaling all votes alike changes no winner: with the nearest at exp(0), no temperature overflows.
             votes.scatter_add_(1, train_y[index], ((similarity - similarity[:, :1]) / temperature).exp())
             most = votes.topk(min(5, classes), dim=1)
             hits = (most.indices == y[:, None]) & (most.values > 0)  # a class without a vote is no guess

@@ -23,8 +23,8 @@ once and key once.
 
 What you should see: the loss starts low, for the queue holds noise that is easily told from keys; it climbs towards
 log(K + 1) (5.5 at K = 256) while the first keys fill the queue, all alike as yet, and falls from then on; `accuracy`,
-how often the right key comes first, rises towards 1. Sick: the loss stays at log(K + 1); or accuracy close to 1 once
-the queue is full of keys, and a kNN accuracy that does not move (BatchNorm gives the answer away).
+how often the right key comes first, rises towards 1. Signs of trouble: the loss stays at log(K + 1); or the accuracy is
+close to 1 once the queue is full of keys, while the kNN accuracy does not move (BatchNorm gives the answer away).
 
     python moco.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -77,7 +77,7 @@ class Args(Flags):
 RECIPES = {
     "quick": {},
     # The official CIFAR-10 demo. Its symmetric loss is the sum of both directions, ours their mean: with
-    # --version v2+ --base-lr 0.06 --weight-decay 2.5e-4, loss and decay have its weights.
+    # --version v2+ --base-lr 0.06 --weight-decay 2.5e-4 the updates are the demo's.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=512, warmup_epochs=0, base_lr=0.03, weight_decay=5e-4, crop_min_scale=0.08, temperature=0.1,
@@ -143,7 +143,7 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
 
 
 class MoCo(nn.Module):
-    """Backbone and head; there are two of it, one for queries and one for keys. Without BatchNorm in the head."""
+    """Backbone and head. MoCo has two of these, for queries and for keys. The head has no BatchNorm."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -200,7 +200,7 @@ def encode_keys(key_network: nn.Module, x: Tensor, draws: Draws) -> Tensor:
 class GroupBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm with statistics of its own for each of `groups` equal parts of the global batch, in its order.
 
-    Running statistics follow the mean over the groups: over those of this rank here, see `average_statistics`.
+    Running statistics follow the mean over this rank's groups; `average_statistics` then averages over ranks.
     `groups` is a multiple of the number of processes, so no group lies on two of them. A batch that does not split into
     equal groups is a ValueError.
     """
@@ -241,7 +241,7 @@ def group_batchnorm(model: nn.Module, groups: int) -> nn.Module:
 
 @torch.no_grad()
 def average_statistics(*networks: nn.Module) -> None:
-    """Average running statistics over ranks. Once after each step is as good as in each layer: they are linear."""
+    """Average running statistics over ranks. They are linear in those of the batch, so once per step is enough."""
     buffers = [b for network in networks for b in network.buffers() if b.is_floating_point()]
     mean = all_gather(torch.cat(buffers)[None]).mean(0)
     torch._foreach_copy_(buffers, mean.split([len(b) for b in buffers]))
@@ -307,7 +307,7 @@ def main(args: Args) -> dict[str, float]:
             keys = [encode_keys(key_network, x2, view2.draws)]  # N×d
             if symmetric:
                 keys.append(encode_keys(key_network, x1, view1.draws))
-        k = torch.cat([everyone[my_rows(args.batch_size)] for everyone in keys])  # as q
+        k = torch.cat([everyone[my_rows(args.batch_size)] for everyone in keys])  # of q's shape
         loss, terms = info_nce_loss(q, k, queue.keys, temperature)  # where symmetric, the mean of both directions
         queue.enqueue(keys[0])  # after the loss: no key is its own negative
 
@@ -327,17 +327,17 @@ if __name__ == "__main__":
 #
 # (–: it does not say)  here                                   papers              official code
 #
-# learning rate         a cosine at every step, scaled with    v1: a tenth at      the same by epochs, not scaled
-#                       the batch size                         120, 160; v2:
-#                                                              a cosine
+# learning rate         a cosine at every step, scaled with    v1: divided by 10   as the papers, epoch by epoch, not
+#                       the batch size                         at epochs 120, 160  scaled
+#                                                              v2: a cosine
 # BatchNorm             --bn-groups parts of the batch; their  a part per GPU, 8   a part per GPU; running statistics
 #                       mean as running statistics                                 of the first
 # v2+                   mean of both directions; the keys of   –                   CIFAR-10 demo: their sum; the keys of
 #                       view 2 alone go to the queue (1)                           both views
-# flip                  before the colours: makes no odds (2)  –                   last
+# flip                  before the colours (2)                 –                   last
 # blur's kernel         Gaussian, a tenth of the image wide    –                   Pillow's box approximation
 # precision             bf16 on a GPU                          –                   float32, as --precision fp32
 # head in `cifar`       that of v2                             –                   demo: linear
 #
 # (1) So it holds K different images.
-# (2) Every step in between commutes with a flip.
+# (2) This makes no difference: every step in between commutes with a flip.

@@ -16,9 +16,9 @@ colour jitter matters, too: crops of one image share their colours, and could be
 What one keeps is h, the output of the backbone, not z behind the projector. The loss makes z blind to whatever differs
 between views, such as colour; h still has it, and a linear classifier on h is ten points better (section 4.2).
 
-What you should see: the loss starts above log(2N - 1) (6.1 where N = 128 and log 255 = 5.5), reaches it while the
-learning rate rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises
-towards 1. Sick: the loss stays at log(2N - 1).
+What you should see: the loss starts at about 6.1, above log(2N - 1) = 5.5 (N = 128), reaches it while the learning rate
+rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises towards 1. Signs of
+trouble: the loss stays at log(2N - 1).
 
     python simclr.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -61,7 +61,7 @@ class Args(Flags):
     warmup_epochs: float = 4
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # how the learning rate follows the batch size (appendix B.1)
     temperature: float = 0.2  # T (table 5: 0.1 on ImageNet; appendix B.9: 0.5 on CIFAR-10)
-    projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
+    projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
     projector_dim: int = 128  # d, width of the embeddings
     jitter_strength: float = 0.5  # s, strength of the colour jitter (appendix A: 1; appendix B.9: 0.5 for small images)
 
@@ -99,9 +99,9 @@ def crops(args: Args) -> list[Crop]:
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A)."""
-    s = args.jitter_strength
+    a, b = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
     if args.color_jitter:
-        x = color_jitter(x, draws, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8)
+        x = color_jitter(x, draws, brightness=a, contrast=a, saturation=a, hue=b, p=0.8)
     if args.grayscale:
         x = grayscale(x, draws.chance(0.2))
     if args.blur:
@@ -124,12 +124,13 @@ class SimCLR(nn.Module):
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, d, bias=False),
-            nn.BatchNorm1d(d),  # in the official code, with a scale and no shift
+            nn.BatchNorm1d(d),  # with a scale and no shift
         )
         self.projector[4].bias.requires_grad_(False)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.projector(self.backbone(torch.cat([x1, x2])))  # 2n×3×s×s -> 2n×width -> 2n×d
+        h = self.backbone(torch.cat([x1, x2]))  # 2n×3×s×s -> 2n×width: what is kept
+        z = self.projector(h)  # 2n×d
         return z.chunk(2)  # n×d each
 
 
@@ -172,7 +173,7 @@ def main(args: Args) -> dict[str, float]:
     model = run.place(SimCLR(args))  # on the device; --init; BatchNorm over the images of all processes
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
-    # What exempts them: under LARS `adapt=False` alone, from adaptation and decay; under SGD the decay of 0.
+    # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
@@ -208,13 +209,14 @@ if __name__ == "__main__":
 # (–: it does not say)  here                                   paper      official code
 #
 # loss                  mean over the 2N anchors               the same   sum of two means, which is twice that
-# rate under LARS       outside the momentum buffer            –          inside; the same while the rate is constant
+# learning rate, LARS   multiplies the momentum buffer         –          inside it; the same while the rate is constant
 # crop                  0.08 of the area or more               the same   about 0.1, by TensorFlow's sampler
 # resizing              antialiased                            –          not antialiased
 # brightness            multiplied                             added      multiplied, by default
 # contrast, saturation  about the mean grey; towards grey      –          about the mean of each channel; in HSV
-# blur                  one width per image; mirrored border   –          one width per batch and view; zeros outside
+# blur                  one sigma per image; mirrored border   –          one sigma per batch and view; zeros outside
 # precision             bf16 on a GPU                          –          float32, as --precision fp32
 # projector             two layers                             the same   three by default, as in SimCLR v2
+# BatchNorm in it       after both layers                      –          after every layer
 # weight decay          1e-6; 1e-4 in `cifar`                  1e-6       1e-4 in its README's commands
 # initial weights       those of torchvision and PyTorch       –          truncated normal; std 0.01 in the head

@@ -1,7 +1,7 @@
 """SimSiam: Exploring Simple Siamese Representation Learning (Chen, He; CVPR 2021, arXiv 2011.10566).
 
-BYOL without the second network: two views pass through one network, and a predictor h makes from the projection of
-one view that of the other, which counts as a constant.
+BYOL without the second network: two views pass through one network, and a predictor h maps the projection of one view
+to that of the other, which is treated as a constant.
 
     x -> backbone -> projector -> z -> predictor h -> p
 
@@ -15,15 +15,16 @@ direction, so that collapses as well (section 4.2). It should keep up with the p
 decay (table 1c), nor does it warm up.
 
 `--std-coeff 1 --cov-coeff 0.01` adds VICReg's variance and covariance penalties on the projections, as the VICReg paper
-does it (arXiv 2105.04906, table 4, appendix C.4: in its own 100 epochs on ImageNet, 67.9 % without, 68.1 % with
+does it (arXiv 2105.04906, table 4, appendix C.4: in its own runs of 100 epochs on ImageNet, 67.9 % without, 68.1 % with
 variance, 67.6 % with both), each normalised as in `vicreg.py`. The last BatchNorm holds every variance of the
 projections at 1, so the variance penalty is 0 until that BatchNorm's inputs have all but collapsed (standard deviation
 under 0.05 at n = 256).
 
 What you should see: the loss starts near 0 and falls towards -0.9; `std`, the standard deviation of the normalised
-projections, stays near 1/sqrt(d), which is printed beside it (section 4.1). Sick: the loss runs to -1 while `std` goes
-down or `rank` to a few. The last BatchNorm centres the projections and holds their variances, so they cannot all be one
-point: without the stop-gradient `rank` falls under 5 within three epochs, and the kNN under the untrained network's.
+projections, stays near 1/sqrt(d), which is printed beside it (section 4.1). Signs of trouble: the loss runs to -1 while
+`std` goes down or `rank` to a few. The last BatchNorm centres the projections and holds their variances, so they cannot
+all be one point: without the stop-gradient `rank` falls under 5 within three epochs, and the kNN under the untrained
+network's.
 
     python simsiam.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -211,7 +212,7 @@ def main(args: Args) -> dict[str, float]:
         (model.projector, False, 1.0),
         (model.predictor, args.fix_predictor_lr, args.predictor_lr_factor),
     ]
-    groups = []  # SGD decays every parameter; `adapt` is for LARS alone, which so exempts biases and BatchNorm
+    groups = []  # SGD decays every parameter; `adapt=False`, which only LARS reads, exempts biases and BatchNorm
     for module, fixed, factor in parts:
         rates = {"fixed": fixed, "factor": factor}
         groups.append({"params": [p for p in module.parameters() if p.ndim > 1], **rates})
@@ -255,16 +256,16 @@ if __name__ == "__main__":
 #
 # learning rate         a cosine at every step                 –                  constant within an epoch (1)
 # predictor's rate      ten times the rest's in `quick` (2)    the rest's          the rest's
-# warm-up               two epochs in `quick`, else none       10 from N = 1024   none
+# warm-up               two epochs in `quick`, else none       10 if N >= 1024    none
 # last BatchNorm        of the projector: no scale, no shift   both (3)           neither
 # last linear layer     of the projector: no bias              –                  a frozen one, which BatchNorm removes
 # residual branches     start at zero, not in `quick`          –                  start at zero
 # weight decay          on all; with LARS not on 1-d tensors   on all             on all
-# flip                  before the colours: makes no odds (4)  –                  last
+# flip                  before the colours (4)                 –                  last
 # blur's kernel         Gaussian, a tenth of the image wide    –                  Pillow's box approximation
 # precision             bf16 on a GPU                          –                  float32, as --precision fp32
 #
 # (1) Half an epoch behind on average, and never 0.
 # (2) `quick` is short, and a predictor that lags behind lets the projections fall into few dimensions.
 # (3) Section 4.4 finds no difference.
-# (4) Every step in between commutes with a flip.
+# (4) This makes no difference: every step in between commutes with a flip.

@@ -15,8 +15,8 @@ Multi-crop makes views cheap: small crops of small parts are predicted from, and
 A batch much smaller than K cannot use all prototypes equally: a queue of older embeddings joins it (`--queue-length`).
 
 What you should see: the loss starts a little above log K (4.2 at K = 64) and falls towards `entropy`, that of the
-codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K. Sick:
-the loss stays at log K with the accuracy near 1/K; then lower --epsilon or freeze the prototypes for longer.
+codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K.
+Signs of trouble: the loss stays at log K, the accuracy near 1/K; then lower --epsilon or freeze the prototypes longer.
 
     python swav.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -57,13 +57,13 @@ class Args(Flags):
     std: tuple[float, float, float] = (0.228, 0.224, 0.225)  # as the official code
     base_lr: float = 3.0
     temperature: float = 0.1  # T of the predictions; the codes have epsilon
-    epsilon: float = 0.02  # sharpness of the codes: smaller is sharper; the paper: 0.05
-    sinkhorn_iterations: int = 3  # of one normalisation over the batch and one over the prototypes
+    epsilon: float = 0.02  # weight of the codes' entropy (eq. 3): smaller gives sharper codes; the paper: 0.05
+    sinkhorn_iterations: int = 3  # each normalises over the images, then over the prototypes
     prototypes: int = 64  # K; the paper's 3000 need batches, or a queue, of about that many images
-    freeze_prototypes_epochs: float = 1  # leave the prototypes as they are for so long
+    freeze_prototypes_epochs: float = 1  # leave the prototypes as they are for this many epochs
     queue_length: int = 0  # older embeddings that join the batch in Sinkhorn, a multiple of the batch size; 0: none
-    queue_start_epoch: int = 15  # when the queue begins to fill
-    projector_hidden: int = 512  # width of the projector's hidden layer: that of the features
+    queue_start_epoch: int = 1  # when the queue begins to fill; the paper: 15
+    projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
     projector_dim: int = 128  # d, width of the embeddings
     small_crops: int = 0  # views beside the two large ones; the paper, for large images: 6
     small_size: int = 16  # their side in pixels
@@ -80,7 +80,7 @@ RECIPES = {
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=512, warmup_epochs=10, base_lr=1.0, crop_min_scale=0.08, epsilon=0.05, prototypes=512,
-        projector_hidden=2048,
+        projector_hidden=2048, queue_start_epoch=15,
     ),
     # The official code's longest run. With a batch of 256 it trains 200 or 400 epochs: --batch-size 256 --epochs 400
     # --base-lr 0.6 --warmup-epochs 0 --queue-length 3840.
@@ -88,7 +88,7 @@ RECIPES = {
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3, crop_min_scale=0.14, blur=True, epsilon=0.05,
         prototypes=3000, projector_hidden=2048, small_crops=6, small_size=96, small_scale=(0.05, 0.14),
-        jitter_strength=1.0,
+        jitter_strength=1.0, queue_start_epoch=15,
     ),
 }  # fmt: skip
 
@@ -100,6 +100,7 @@ def check(args: Args, images: int) -> None:
         refuse(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
     check_positive(args, "temperature", "epsilon", "sinkhorn_iterations")
     check_least(args, 1, "projector_hidden", "projector_dim")
+    check_least(args, 0, "freeze_prototypes_epochs", "queue_start_epoch")
     if not 0 <= args.small_crops <= 16:
         refuse(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")
     if args.small_crops and not 1 <= args.small_size <= args.image_size:
@@ -108,6 +109,8 @@ def check(args: Args, images: int) -> None:
         refuse(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
     if not 0 <= args.queue_length <= images:
         refuse(f"--queue-length {args.queue_length} must be 0 to the number of training images, {images}")
+    if args.queue_length and args.queue_start_epoch >= args.epochs:
+        refuse(f"--queue-start-epoch {args.queue_start_epoch}: the queue would never fill in {args.epochs} epochs")
     if args.queue_length % args.batch_size:
         fits = args.queue_length // args.batch_size * args.batch_size
         refuse(f"--queue-length {args.queue_length} is no multiple of --batch-size {args.batch_size}; take {fits}")
@@ -125,9 +128,9 @@ def crops(args: Args) -> list[Crop]:
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws. All crops alike."""
-    s = args.jitter_strength
+    a, b = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
     if args.color_jitter:
-        x = color_jitter(x, draws, brightness=0.8 * s, contrast=0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8)
+        x = color_jitter(x, draws, brightness=a, contrast=a, saturation=a, hue=b, p=0.8)
     if args.grayscale:
         x = grayscale(x, draws.chance(0.2))
     if args.blur:
@@ -216,7 +219,7 @@ def sinkhorn(scores: Tensor, epsilon: float = 0.05, iterations: int = 3) -> Tens
     with torch.autocast(scores.device.type, enabled=False):
         scores = full_precision(scores)  # n×K
         # A common factor changes no code: with the largest score at exp(0), nothing overflows. The least, exp(-70) in
-        # float32, is nothing to a code, and keeps every total above 0. Cosines reach it at epsilon < 2/70 only.
+        # float32, is nothing to a code, and keeps every total above 0. Cosines come near it only if epsilon < 2/70.
         least = 0.8 * math.log(torch.finfo(scores.dtype).tiny)
         q = ((scores - all_gather(scores.amax()[None]).amax()) / epsilon).clamp(min=least).exp()  # n×K
         for _ in range(iterations):
@@ -271,7 +274,7 @@ def main(args: Args) -> dict[str, float]:
     check(args, len(run.train))
 
     model = run.place(SwAV(args))  # on the device; --init; BatchNorm over the images of all processes
-    groups = [{"params": list(model.parameters())}]  # biases and BatchNorm as all others
+    groups = [{"params": list(model.parameters())}]  # all adapted, all decayed, biases and BatchNorm too
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     queue = Queue(args.queue_length, args.projector_dim, run.device, run.dtype)

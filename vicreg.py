@@ -2,11 +2,12 @@
 
 Two views of an image pass through the same network, and three terms act on the embeddings z and z' (n×d):
 
-    invariance   s(z, z')  mean squared distance between the two views of an image                     (eq. 5)
+    invariance   i(z, z')  mean squared distance between the two views of an image                     (eq. 5)
     variance     v(z)      hinge that keeps the standard deviation of every dimension above gamma = 1  (eq. 1)
     covariance   c(z)      squared covariances between different dimensions                        (eq. 3, 4)
 
-    loss = 25 s(z, z') + 25 [v(z) + v(z')] / 2 + 1 [c(z) + c(z')]                                      (eq. 6)
+    loss = 25 i(z, z') + 25 [v(z) + v(z')] / 2 + 1 [c(z) + c(z')]                                      (eq. 6)
+    (normalised as in the official code; the table at the end says how eq. 5 and 6 differ)
 
 Nothing else prevents collapse: no negatives, no momentum encoder, no stop-gradient, no predictor. The variance term
 alone keeps the embeddings from becoming one point (try `--std-coeff 0`), the covariance term keeps the dimensions from
@@ -15,8 +16,8 @@ repeating each other. The two branches need not share weights (`--no-shared-weig
 What you should see: the loss starts near 23 (variance term 0.66, invariance 0.23) and is slow to fall: at first the two
 views come together, the variance term rises to 0.76 and the covariance term sinks to a tenth of what it was; then the
 embeddings spread, variance falls and covariance rises to nearly 2. With `python vicreg.py` the loss ends near 18, and
-the online kNN goes from 44 % to 89 %. Sick: `variance` near 0.99 and `invariance` near 0 (complete collapse: the loss
-stays near 24.8, or goes to 0 with `--std-coeff 0`), or `rank` at a few (dimensional collapse).
+the online kNN goes from 44 % to 89 %. Signs of trouble: `variance` near 0.99 and `invariance` near 0 (all of it has
+collapsed: the loss stays near 24.8, or goes to 0 with `--std-coeff 0`), or `rank` at a few (dimensions have).
 
     python vicreg.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -126,6 +127,7 @@ class VICReg(nn.Module):
 
     @staticmethod
     def branch(args: Args, arch: str) -> tuple[nn.Module, nn.Module]:
+        """A backbone and its expander."""
         net, width = backbone(arch, args.stem, zero_init=True)
         hidden, d = args.expander_hidden, args.expander_dim
         expander = nn.Sequential(
@@ -159,8 +161,9 @@ def invariance_loss(z1: Tensor, z2: Tensor) -> Tensor:
 def variance_loss(z: Tensor, gamma: float = 1.0, eps: float = 1e-4) -> Tensor:
     """Mean over dimensions of how far the standard deviation of z (n, d) falls short of gamma (eq. 1, 2).
 
-    Not the variance: its gradient, 2 (z - mean) / (n - 1), vanishes where the embeddings agree, so a collapsed network
-    would stay collapsed. The root's does not (section 4.1, below eq. 2). eps keeps it finite on a constant column.
+    Not of the variance: its gradient, 2 (z - mean) / (n - 1), shrinks with the spread, so a collapse would go on. That
+    of the root keeps its size (section 4.1, below eq. 2) until the spread falls to sqrt(eps) = 0.01. eps also keeps
+    the gradient of a constant column from being 0 / 0.
     """
     std = torch.sqrt(z.var(dim=0) + eps)  # d; unbiased, over n - 1
     return F.relu(gamma - std).mean()
@@ -186,7 +189,7 @@ def covariance_loss(z: Tensor) -> Tensor:
 class _SquaredGram(torch.autograd.Function):
     """|zzᵀ|² of z (n, d), with its gradient 4 zzᵀz as one product: autograd would take two, one per factor.
 
-    It buys nothing at d = 1024, and 1.2 to 1.7 times the speed at d = 8192 (two CPUs), where products are all there is.
+    It makes this term no faster at d = 1024, and 1.2 to 1.7 times as fast at d = 8192 (n = 256, two kinds of CPU).
     """
 
     @staticmethod
@@ -208,7 +211,7 @@ def vicreg_loss(
     """Eq. 6 for this rank's embeddings of two views, (n, d) each; the terms are returned unweighted.
 
     Computed on the rows of all ranks, in float32 (float64 stays), with official normalisation: variance halved over
-    the branches, covariance summed. Needs n >= 2 over all ranks.
+    the branches, covariance summed. Needs N >= 2 images over all ranks.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (all_gather(full_precision(z)) for z in (z1, z2))  # N×d
@@ -233,7 +236,7 @@ def main(args: Args) -> dict[str, float]:
     model = run.place(VICReg(args))  # on the device; --init; BatchNorm over the images of all processes
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
-    # What exempts them: under LARS `adapt=False` alone, from adaptation and decay; under SGD the decay of 0.
+    # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
     make = LARS if args.optimizer == "lars" else torch.optim.SGD
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)

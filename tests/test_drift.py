@@ -15,10 +15,9 @@ from methods import METHODS, ROOT, module
 # that only one of them has. (Beside these `scale`, and `peak_lr` made of it, which are simclr.py's alone.)
 OWN = {
     "vicreg": "lr | x1 | x2 | loss, terms",
-    "barlow": "peak_lr_biases | share | lr | lr, lr_biases | optimizer.param_groups | zip | group['lr'] | x1 | x2 "
-    "| loss, terms",
+    "barlow": "factor | groups | lr | group['lr'] | x1 | x2 | loss, terms",
     "byol": "target | weights | predictor | groups | run.start | group['lr'] | x1 | x2 | z1, z2 | p1, p2, z1, z2 "
-    "| torch.no_grad() | target1, target2 | loss, terms | loss1, terms1, loss2, terms2 | loss | terms "
+    "| torch.no_grad() | target1, target2 | loss, terms | loss1, terms1 | loss2, terms2 | loss | terms "
     "| if args.std_coeff | terms['variance'], terms['covariance'] | update_target",
     "simsiam": "weights | others | parts | groups | rates | groups.append | optimizer.param_groups | group['lr'] "
     "| z1, z2 | p1, p2, z1, z2 | loss, terms | loss1, terms1 | loss2, terms2 | loss | terms "
