@@ -157,8 +157,8 @@ def test_a_compiled_network_learns_the_same(tmp_path):
 def test_bf16_computes_in_half_precision_and_keeps_weights_in_full(method, tmp_path, monkeypatch):
     first, computed_in = {}, set()
 
-    def watched(*how) -> tuple[nn.Module, int]:
-        net, width = narrow(*how)
+    def watched(*how, **named) -> tuple[nn.Module, int]:
+        net, width = narrow(*how, **named)
         net[0].register_forward_hook(lambda conv, x, y: computed_in.add(y.dtype))
         return net, width
 
