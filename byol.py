@@ -294,7 +294,7 @@ if __name__ == "__main__":
 #
 # initial target        a copy of the online network (1)       –          other random weights
 # residual branches     start at zero, not in `quick`          not at 0   start at zero
-# predictor's rate      ten times the rest's in `quick` (2)    the rest's  the rest's
+# predictor's rate      ten times the rest's in `quick` (2)    no factor  no factor
 # linear classifier     trained afterwards, by evaluate.py     –          trained along, without gradient to BYOL
 # brightness            multiplied                             –          added
 # contrast, saturation  about the mean grey; towards grey      –          about the mean of each channel; in HSV

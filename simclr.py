@@ -99,9 +99,9 @@ def crops(args: Args) -> list[Crop]:
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A)."""
-    a, b = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
+    strength, hue = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
     if args.color_jitter:
-        x = color_jitter(x, draws, brightness=a, contrast=a, saturation=a, hue=b, p=0.8)
+        x = color_jitter(x, draws, brightness=strength, contrast=strength, saturation=strength, hue=hue, p=0.8)
     if args.grayscale:
         x = grayscale(x, draws.chance(0.2))
     if args.blur:

@@ -252,20 +252,21 @@ if __name__ == "__main__":
 
 # ------------------------------------------ where this file, the paper and the official code differ
 #
-# (–: it does not say)  here                                   paper              official code
+# (–: it does not say)  here                                   paper      official code
 #
-# learning rate         a cosine at every step                 –                  constant within an epoch (1)
-# predictor's rate      ten times the rest's in `quick` (2)    the rest's          the rest's
-# warm-up               two epochs in `quick`, else none       10 if N >= 1024    none
-# last BatchNorm        of the projector: no scale, no shift   both (3)           neither
-# last linear layer     of the projector: no bias              –                  a frozen one, which BatchNorm removes
-# residual branches     start at zero, not in `quick`          –                  start at zero
-# weight decay          on all; with LARS not on 1-d tensors   on all             on all
-# flip                  before the colours (4)                 –                  last
-# blur's kernel         Gaussian, a tenth of the image wide    –                  Pillow's box approximation
-# precision             bf16 on a GPU                          –                  float32, as --precision fp32
+# learning rate         a cosine at every step                 –          constant within an epoch (1)
+# predictor's rate      ten times the rest's in `quick` (2)    no factor  no factor
+# warm-up               two epochs in `quick`, else none       10 (3)     none
+# last BatchNorm        of the projector: no scale, no shift   both (4)   neither
+# last linear layer     of the projector: no bias              –          a frozen one, which BatchNorm removes
+# residual branches     start at zero, not in `quick`          –          start at zero
+# weight decay          on all; with LARS not on 1-d tensors   on all     on all
+# flip                  before the colours (5)                 –          last
+# blur's kernel         Gaussian, a tenth of the image wide    –          Pillow's box approximation
+# precision             bf16 on a GPU                          –          float32, as --precision fp32
 #
 # (1) Half an epoch behind on average, and never 0.
 # (2) `quick` is short, and a predictor that lags behind lets the projections fall into few dimensions.
-# (3) Section 4.4 finds no difference.
-# (4) This makes no difference: every step in between commutes with a flip.
+# (3) Epochs, from batch 1024 on: `--warmup-epochs 10`.
+# (4) Section 4.4 finds no difference.
+# (5) This makes no difference: every step in between commutes with a flip.

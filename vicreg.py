@@ -267,13 +267,15 @@ if __name__ == "__main__":
 
 # ------------------------------------------ where this file, the paper and the official code differ
 #
-# (–: it does not say)  here                                   paper               official code
+# (–: it does not say)  here                                   paper      official code
 #
-# invariance            mean over n and d                      eq. 5: sum over d   mean over n and d
-# variance              half the sum over the branches         the whole sum       half the sum
-# blur                  with p 1.0 in view 1, 0.1 in view 2    0.5 in both         1.0, 0.1
-# solarisation          with p 0 in view 1, 0.2 in view 2      0.1 in both         0, 0.2
-# blur's kernel         Gaussian, a tenth of the image wide    –                   Pillow's box approximation
-# precision             bf16 on a GPU, the loss in float32     –                   fp16, the loss's products, too
-# final learning rate   a thousandth of the peak               0.002               a thousandth: 0.0016 at batch 2048
-# short last batch      left out                               –                   kept, but divided by the full size
+# invariance            mean over n and d                      (1)        mean over n and d
+# variance              half the sum over the branches         the sum    half the sum
+# blur                  with p 1.0 in view 1, 0.1 in view 2    0.5, 0.5   1.0, 0.1
+# solarisation          with p 0 in view 1, 0.2 in view 2      0.1, 0.1   0, 0.2
+# blur's kernel         Gaussian, a tenth of the image wide    –          Pillow's box approximation
+# precision             bf16 on a GPU, the loss in float32     –          fp16, the loss's products, too
+# final learning rate   a thousandth of the peak               0.002      a thousandth: 0.0016 at batch 2048
+# short last batch      left out                               –          kept, but divided by the full size
+#
+# (1) Eq. 5: a mean over n and a sum over d. Its pseudo-code: a mean over both.

@@ -190,12 +190,3 @@ def test_the_study_of_held_out_images_takes_the_run_in_stages_and_the_terms_of_i
         for name in ("invariance", "variance", "covariance"):
             mean = (terms[0][name] + terms[1][name]) / 2
             assert records[-1][f"{split}_{name}"] == pytest.approx(mean, rel=1e-4), (split, name)
-
-
-@pytest.mark.parametrize("flags", [{"std_coeff": -1.0}, {"cov_coeff": float("nan")}, {"expander_dim": 0}])
-def test_impossible_flags_are_named(flags, tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        vicreg.main(tiny("vicreg", tmp_path, **flags))
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1
-    assert "--" + next(iter(flags)).replace("_", "-") in said
