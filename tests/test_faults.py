@@ -1,7 +1,10 @@
 """Nothing saved is lost: processes that are killed at any moment, dead ranks, folders that cannot be written."""
 
+import contextlib
+import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from methods import command, metrics, module, narrow, run, small_folder, tiny
+import torch.distributed as dist
+from methods import command, metrics, module, narrow, small_folder, tiny
+from worlds import run_on
 
 import common
 
@@ -118,11 +123,26 @@ def test_torchrun_restarts_the_run_where_it_was(tmp_path):
     assert together == pytest.approx(alone, abs=0.06), "one test image is 0.025"
 
 
-def test_restarts_without_stores_of_their_own_are_warned_of(tmp_path):
-    line = command("vicreg", tmp_path / "run", processes=2, max_steps=1)
-    line.insert(line.index("--standalone"), "--max-restarts=1")
-    ended = run(line)
-    assert ended.returncode == 0 and ended.stderr.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == 1, ended.stderr
+def started(port: int, own_store: str) -> str:
+    """What a process says that joins the others as torchrun --max-restarts would have it."""
+    dist.destroy_process_group()
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_MAX_RESTARTS": "1"}
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = own_store
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        common.start_processes()
+    assert dist.is_initialized()
+    return said.getvalue()
+
+
+def test_restarts_without_stores_of_their_own_are_warned_of():
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            ports.append(free.getsockname()[1])
+    (warned, silent), with_stores = run_on(2, [(started, (ports[0], "0")), (started, (ports[1], "1"))])
+    assert warned.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == warned.count("\n") == 1
+    assert silent == "" and with_stores == ["", ""]
 
 
 # --------------------------------------------------------------------------------- folders that cannot be used

@@ -5,6 +5,7 @@ gradient, optimizer, schedules, queue, moving average and the order of operation
 """
 
 import json
+import traceback
 from pathlib import Path
 
 import methods
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.random import RandomState
+from worlds import run_on
 
 import common
 from common import Batch, Data, Draws, View
@@ -115,30 +117,54 @@ def near(value, rel: float = 1e-8):
     return pytest.approx(value, rel=rel, abs=0)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_run_is_that_of_the_official_code(name, tmp_path, monkeypatch):
+def of_model(parameters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor for key, tensor in parameters.items() if key.startswith("model.")]
+
+
+def trajectory(name: str, run_dir: str) -> dict | str:
+    """What is compared of a run, or the traceback of one that failed."""
     case = CASES[name]
-    run = Trajectory(case, tmp_path, monkeypatch)
-    run.method.main(run.args)
-
-    def of_model(parameters: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        return [tensor for key, tensor in parameters.items() if key.startswith("model.")]
-
-    # The start, to tell whether a difference comes from weights and views or from training.
-    first, start = views(0, case["view_sizes"]), case["initial"]
-    assert norm(of_model(run.before)) == near(start["norm"])
-    assert run.before["model.backbone.conv1.weight"].flatten()[:3].tolist() == near(start["conv1_first"])
-    assert first[0].flatten()[:3].tolist() == near(start["view0_first"])
-    assert [x.norm().item() for x in first] == near(start["view_norms_step0"])
-
-    assert [list(dict.fromkeys(rates)) for rates in run.lr] == [
-        near(list(dict.fromkeys(rates)), 1e-10) for rates in case["lr"]
-    ]
-    assert [record["loss"] for record in methods.metrics(tmp_path)] == near(case["losses"])
-
-    after = run.parameters()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run = Trajectory(case, Path(run_dir), monkeypatch)
+        try:
+            run.method.main(run.args)
+        except BaseException:
+            return traceback.format_exc()
+    first, after = views(0, case["view_sizes"]), run.parameters()
     moved = {key: after[key] - run.before[key] for key in after}
-    final = {"norm": norm(of_model(after)), "distance": norm(of_model(moved))}
-    assert final == near({key: case["final"][key] for key in final})
+    return {
+        "initial": {
+            "norm": norm(of_model(run.before)),
+            "conv1_first": run.before["model.backbone.conv1.weight"].flatten()[:3].tolist(),
+            "view0_first": first[0].flatten()[:3].tolist(),
+            "view_norms_step0": [x.norm().item() for x in first],
+        },
+        "lr": [list(dict.fromkeys(rates)) for rates in run.lr],
+        "losses": [record["loss"] for record in methods.metrics(Path(run_dir))],
+        "final": {"norm": norm(of_model(after)), "distance": norm(of_model(moved))},
+        "tensors": {
+            key: {"norm": after[key].norm().item(), "distance": moved[key].norm().item()}
+            for key in case["final"]["tensors"]
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def trajectories(tmp_path_factory) -> dict[str, dict | str]:
+    root = tmp_path_factory.mktemp("official")
+    ran = run_on(1, [(trajectory, (name, str(root / name))) for name in CASES])
+    return {name: result for name, (result,) in zip(CASES, ran, strict=True)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_is_that_of_the_official_code(name, trajectories):
+    case, got = CASES[name], trajectories[name]
+    assert not isinstance(got, str), got
+    # The start tells whether a difference comes from weights and views or from training.
+    for key, value in got["initial"].items():
+        assert value == near(case["initial"][key]), key
+    assert got["lr"] == [near(list(dict.fromkeys(rates)), 1e-10) for rates in case["lr"]]
+    assert got["losses"] == near(case["losses"])
+    assert got["final"] == near({key: case["final"][key] for key in got["final"]})
     for key, want in case["final"]["tensors"].items():
-        assert {"norm": after[key].norm().item(), "distance": moved[key].norm().item()} == near(want), key
+        assert got["tensors"][key] == near(want), key

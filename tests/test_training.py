@@ -31,11 +31,27 @@ import evaluate
 SETTINGS = {"epoch", "loss", "lr", "images_per_s", "embedding_std", "effective_rank"}
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def finished(request, tmp_path_factory) -> tuple[str, Path, dict[str, float]]:
+def train(method: str, folder: str, flags: dict) -> dict[str, float]:
+    return module(method).main(module(method).Args(**flags, run_dir=folder))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, tuple[Path, dict[str, float]]]:
+    """(folder, what main returned) of a whole tiny run of each method, and of "learning", 120 steps on small views."""
+    root = tmp_path_factory.mktemp("trained")
+    learning = dict(image_size=16, train_limit=640, batch_size=32, base_lr=8.0, warmup_epochs=1, epochs=6, eval_every=6)
+    jobs = {"learning": ("vicreg", {**learning, "expander_hidden": 256, "expander_dim": 256})}
+    for method in METHODS:
+        flags = vars(tiny(method, root / method))
+        jobs[method] = (method, {name: value for name, value in flags.items() if name != "run_dir"})
+    ran = run_on(1, [(train, (method, str(root / name), flags)) for name, (method, flags) in jobs.items()])
+    return {name: (root / name, last) for name, (last,) in zip(jobs, ran, strict=True)}
+
+
+@pytest.fixture(params=METHODS)
+def finished(request, trained) -> tuple[str, Path, dict[str, float]]:
     """(method, folder, what main returned) of one whole tiny run."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return request.param, folder, module(request.param).main(tiny(request.param, folder))
+    return request.param, *trained[request.param]
 
 
 def test_a_run_leaves_its_flags_metrics_checkpoint_and_weights(finished):
@@ -112,18 +128,13 @@ def test_the_run_folder_is_named_after_what_changes_the_result(tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------------- learning
 
 
-def test_training_on_patterns_lowers_the_loss_and_raises_the_neighbours_accuracy(tmp_path):
-    """120 steps on small views. With a learning rate of 0 the loss stays within 0.4, and BatchNorm's running statistics
-    alone gain 0.07.
-    """
-    flags = dict(image_size=16, train_limit=640, batch_size=32, base_lr=8.0, warmup_epochs=1, epochs=6, eval_every=6)
-    flags |= dict(expander_hidden=256, expander_dim=256)
-    module("vicreg").main(module("vicreg").Args(**flags, run_dir=str(tmp_path)))
-    lines = metrics(tmp_path)
+def test_training_on_patterns_lowers_the_loss_and_raises_the_neighbours_accuracy(trained):
+    """With a learning rate of 0 the loss stays within 0.4, and BatchNorm's running statistics alone gain 0.07."""
+    lines = metrics(trained["learning"][0])
     losses = [line["loss"] for line in lines if "loss" in line]
-    untrained, trained = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    untrained, final = [line["knn_top1"] for line in lines if "knn_top1" in line]
     assert losses[-1] < losses[0] - 0.8
-    assert trained > untrained + 0.1
+    assert final > untrained + 0.1
 
 
 # ------------------------------------------------------------------------------------------- ways to compute
@@ -421,21 +432,25 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
     folder.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(number, tmp_path):
-    process = subprocess.Popen(
-        command("vicreg", tmp_path, epochs=500, save_every=500, eval_every=500),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if "step 3/" in line:
-            process.send_signal(number)
-            break
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + number and err == ""
-    assert "the same command continues" in out
-    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert 3 <= step < 2000 and metrics(tmp_path)[-1]["step"] == step
+def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(tmp_path):
+    """Three runs at once, each with a signal of its own."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    folders = [tmp_path / number.name for number in numbers]
+    runs = [
+        subprocess.Popen(
+            command("vicreg", folder, epochs=500, save_every=500, eval_every=500),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for folder in folders
+    ]  # fmt: skip
+    for number, folder, process in zip(numbers, folders, runs, strict=True):
+        assert any("step 3/" in line for line in process.stdout)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (128 + number, ""), number.name
+        assert "the same command continues" in out
+        step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+        assert 3 <= step < 2000 and metrics(folder)[-1]["step"] == step
 
 
 # ------------------------------------------------------------------------------------------------------ faults
