@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -354,7 +355,8 @@ def test_a_run_without_loss_scaling_continues_with_it(tmp_path):
     assert saved["step"] == 2
 
 
-def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsys):
+def test_a_collapse_and_a_schedule_that_only_rises_are_warned_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module("vicreg"), "backbone", narrow)
     module("vicreg").main(tiny("vicreg", tmp_path / "healthy"))
     assert "warning" not in capsys.readouterr().err
     flags = {"std_coeff": 0.0, "base_lr": 200.0, "epochs": 10, "warmup_epochs": 10, "eval_every": 10, "save_every": 10}
@@ -432,25 +434,42 @@ def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
     folder.close()
 
 
-def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(tmp_path):
-    """Three runs at once, each with a signal of its own."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    folders = [tmp_path / number.name for number in numbers]
-    runs = [
-        subprocess.Popen(
-            command("vicreg", folder, epochs=500, save_every=500, eval_every=500),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+def forked(folder: Path, flags: dict) -> tuple[int, typing.TextIO]:
+    """A run in a process of its own, without importing torch again: its number, and what it prints."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(write, "w") as sys.stdout:
+                module("vicreg").main(tiny("vicreg", folder, **flags))
+        except SystemExit as end:
+            os._exit(end.code)
+        finally:
+            os._exit(1)
+    os.close(write)
+    return child, open(read)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(number, tmp_path):
+    flags, err = {"epochs": 500, "save_every": 500, "eval_every": 500}, ""
+    if number == signal.SIGTERM:  # once from the command line
+        process = subprocess.Popen(
+            command("vicreg", tmp_path, **flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        for folder in folders
-    ]  # fmt: skip
-    for number, folder, process in zip(numbers, folders, runs, strict=True):
-        assert any("step 3/" in line for line in process.stdout)
-        process.send_signal(number)
+        child, lines = process.pid, process.stdout
+    else:
+        child, lines = forked(tmp_path, flags)
+    assert any("step 3/" in line for line in lines)
+    os.kill(child, number)
+    if number == signal.SIGTERM:
         out, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (128 + number, ""), number.name
-        assert "the same command continues" in out
-        step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-        assert 3 <= step < 2000 and metrics(folder)[-1]["step"] == step
+        code = process.returncode
+    else:
+        out, code = lines.read(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert (code, err) == (128 + number, "") and "the same command continues" in out
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 3 <= step < 2000 and metrics(tmp_path)[-1]["step"] == step
 
 
 # ------------------------------------------------------------------------------------------------------ faults
