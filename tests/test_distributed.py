@@ -21,7 +21,7 @@ WORLDS = [1, 2, 4]
 # What is trained: all on one and on two processes; on four, which two cores run slowly, the second. A ResNet for two
 # methods, one of them with BatchNorm in groups; two narrow convolutions for all.
 RUNS = {
-    "float64 lars resnet10": {"precision": "fp64", "optimizer": "lars"},
+    "float64 lars resnet10": {"precision": "fp64", "optimizer": "lars", "max_steps": 3},
     "float64 lars narrow": {"precision": "fp64", "optimizer": "lars"},
     "float64 sgd narrow": {"precision": "fp64", "optimizer": "sgd", "base_lr": 0.2},
     "float32 lars narrow": {"precision": "fp32", "optimizer": "lars", "base_lr": 0.02},  # large steps magnify rounding
@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> Path:
 
 def assert_same_metrics(one: Path, other: Path, tolerance: float, but: set[str]) -> None:
     want, got = ([line for line in metrics(run) if not but & line.keys() or "loss" in line] for run in (one, other))
-    assert len(want) == len(got) >= 6
+    assert len(want) == len(got) >= 5
     for a, b in zip(want, got, strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - but - {"images_per_s"}:
