@@ -33,7 +33,7 @@ TOLERANCE = {"float64": 1e-9, "float32": 1e-4}
 
 
 def train(method: str, folder: str, flags: dict) -> dict[str, float]:
-    flags = {"epochs": 2, "max_steps": 6, "eval_every": 2, "save_every": 2, **flags}
+    flags = {"epochs": 2, "max_steps": 5, "eval_every": 2, "save_every": 2, **flags}
     file = module(method)
     usual = file.backbone
     try:
