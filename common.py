@@ -204,7 +204,6 @@ class Run:
         batch_size = fit_batch_size(args, len(self.train))
         self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size)
         torch.manual_seed(args.seed)
-
         self.steps_per_epoch = len(self.train) // batch_size
         self.total_steps = args.epochs * self.steps_per_epoch  # of the schedule
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
@@ -474,7 +473,6 @@ class Log:
             self.board = SummaryWriter(str(self.file.parent), purge_step=step + 1)
 
     def bytes(self) -> int:
-        """The length of metrics.jsonl."""
         return self.file.stat().st_size
 
     def step(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
@@ -714,7 +712,10 @@ def distribute(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
-    return nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    # Its last attribute, and so outlives the reducer: one that ends its own group may hang (torch 2.11).
+    network.process_group = network.__dict__.pop("process_group")
+    return network
 
 
 # ----------------------------------------------------------------------------------------------------- images
