@@ -247,9 +247,7 @@ class Run:
     def _say_what_is_trained(self) -> None:
         args, train, test = self.args, self.train, self.test
         if args.warmup_epochs >= args.epochs:
-            warn(
-                f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises; shorten it"
-            )
+            warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
         kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
         scored = f"{len(test)} test images of {len(train.classes)} classes" if test else "no labelled test split"
         say(f"{self.folder.path}: {len(train)} training images {kept}, {scored}")

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 import typing
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -144,6 +145,7 @@ def test_training_on_patterns_lowers_the_loss_and_raises_the_neighbours_accuracy
 def train_compiled(folder: Path) -> int:
     """The same three steps as they are, and compiled; how many graphs the compiler made."""
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)  # the compiler's own, in torch 2.11
     module("simclr").backbone = narrow
     for name in ("plain", "compiled"):
         module("simclr").main(tiny("simclr", folder / name, max_steps=3, compile=name == "compiled"))
