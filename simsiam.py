@@ -186,7 +186,7 @@ def covariance_loss(z: Tensor) -> Tensor:
     n, d = z.shape
     z = z - z.mean(dim=0)
     gram = z @ z.T if n < d else z.T @ z  # n×n or d×d
-    diagonal = z.square().sum(dim=0)  # d, the diagonal of ZᵀZ
+    diagonal = z.square().sum(dim=0)  # d, the diagonal of zᵀz
     return (gram.square().sum() - diagonal.square().sum()) / (d * (n - 1) ** 2)
 
 

@@ -107,7 +107,7 @@ def test_neutral_parameters_change_nothing_and_inputs_are_left_alone(name):
     close(x, before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["color_jitter", "grayscale", "solarize", "normalize"])
+@pytest.mark.parametrize("name", ["color_jitter", "grayscale", "solarize", "normalize", "blur", "crop"])
 def test_images_of_whole_numbers_are_refused(name):
     """They are not in [0, 1]: whatever came out would be wrong, and silently so."""
     x, draws = (255 * images()).byte(), Draws((0,), 6)
@@ -117,6 +117,8 @@ def test_images_of_whole_numbers_are_refused(name):
             "grayscale": lambda: common.grayscale(x, draws.chance(1.0)),
             "solarize": lambda: common.solarize(x, draws.chance(1.0)),
             "normalize": lambda: common.normalize(x, common.IMAGENET_MEAN, common.IMAGENET_STD),
+            "blur": lambda: common.gaussian_blur(x, torch.ones(6), 5),
+            "crop": lambda: common.resized_crop(x, torch.tensor([[0, 0, 32, 32]] * 6), 32, "bicubic"),
         }[name]()
 
 

@@ -454,14 +454,15 @@ def forked(folder: Path, flags: dict) -> tuple[int, typing.TextIO]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(number, tmp_path):
-    flags, err = {"epochs": 500, "save_every": 500, "eval_every": 500}, ""
+    flags, err, but = {"epochs": 500, "save_every": 500, "eval_every": 500}, "", ""
     if number == signal.SIGTERM:  # once from the command line
         process = subprocess.Popen(
             command("vicreg", tmp_path, **flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         child, lines = process.pid, process.stdout
     else:
-        child, lines = forked(tmp_path, flags)
+        child, lines = forked(tmp_path, {**flags, "overwrite": True})
+        but = " without --overwrite"  # which would begin anew
     assert any("step 3/" in line for line in lines)
     os.kill(child, number)
     if number == signal.SIGTERM:
@@ -469,7 +470,7 @@ def test_a_signal_finishes_the_step_saves_and_ends_with_128_plus_its_number(numb
         code = process.returncode
     else:
         out, code = lines.read(), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert (code, err) == (128 + number, "") and "the same command continues" in out
+    assert (code, err) == (128 + number, "") and f"the same command{but} continues" in out
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert 3 <= step < 2000 and metrics(tmp_path)[-1]["step"] == step
 
