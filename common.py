@@ -712,7 +712,7 @@ def distribute(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     network = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    # Its last attribute, and so outlives the reducer: one that ends its own group may hang (torch 2.11).
+    # Its last attribute, so that it outlives the reducer: one that ends its own group may hang (torch 2.11).
     network.process_group = network.__dict__.pop("process_group")
     return network
 
