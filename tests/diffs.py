@@ -9,6 +9,7 @@ the file, and lines that differ in nothing but the name of the method, its class
 
 import ast
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -77,32 +78,33 @@ def definitions(text: str) -> dict[str, Part]:
     return found
 
 
-def renamed(old: str, new: str) -> str:
-    """File `old` with the names that file `new` has for the run, the model and the loss."""
+def renamed(text: str, old: str, new: str) -> str:
+    """Part of file `old`, with the names that file `new` has for the run, the model and the loss."""
     names = {}
     for pattern in (r'Run\(("\w+")', r"run\.place\((\w+)\(", r"terms1? = (\w+)\("):
         before, after = re.search(pattern, old), re.search(pattern, new)
         if before and after:
             names[before[1]] = after[1]
-    return re.sub(r'"\w+"|\w+', lambda word: names.get(word[0], word[0]), old)
+    return re.sub(r'"\w+"|\w+', lambda word: names.get(word[0], word[0]), text)
 
 
 def hunks(old: str, new: str) -> list[Part]:
     """The changes that make file `new` of file `old`, both given as text, in the order of `new`."""
-    before, after = definitions(renamed(old, new)), definitions(new)
-    real = dict(zip(before, definitions(old).values(), strict=True))  # with the old file's own names
-    order, names = list(after), list(before)
+    before = {renamed(name, old, new): part for name, part in definitions(old).items()}
+    after, names, nothing, found = definitions(new), list(before), Part("", []), []
+    order = list(after)
     for i, name in enumerate(names):
         if name not in after:  # what is gone stands where it was
             order.insert(order.index(names[i - 1]) + 1 if i else 0, name)
-    found, nothing = [], Part("", [])
     for name in order:
         was, now, marked = before.get(name, nothing), after.get(name, nothing), []
-        matcher = difflib.SequenceMatcher(lambda line: len(line.strip()) < 2, was.lines, now.lines, autojunk=False)
+        left, right = [renamed(line, old, new) for line in was.lines], now.lines
+        matcher = difflib.SequenceMatcher(lambda line: len(line.strip()) < 2, left, right, autojunk=False)
         for tag, i1, i2, j1, j2 in matcher.get_opcodes():
-            if tag != "equal":
-                marked += [f"-{line}" for line in real.get(name, nothing).lines[i1:i2]]
-            marked += [("  " if tag == "equal" else "+ ")[0] + line for line in now.lines[j1:j2]]
+            if tag == "equal":
+                marked += [f" {line}" for line in right[j1:j2]]
+            else:
+                marked += [f"-{line}" for line in was.lines[i1:i2]] + [f"+{line}" for line in right[j1:j2]]
         apart = 2 if name == "main" else 4  # main is a row of steps; a head or a loss is read as a whole
         found += [Part(now.section or was.section, lines) for lines in split(marked, apart)]
     return found
@@ -135,31 +137,28 @@ def size(old: str, new: str) -> tuple[int, int]:
     return marks.count("+"), marks.count("-")
 
 
-def explained(lesson: Lesson, found: list[Part]) -> list[str]:
-    """The sentences of each hunk: those whose key is part of a line that this hunk changes, and no other one."""
+def explained(lesson: Lesson, found: list[Part]) -> list[tuple[str, Part]]:
+    """Each hunk with its sentences: those whose key is part of a line that this hunk changes, and no other one."""
     changes = ["\n".join(line[1:] for line in hunk.lines if line.startswith(("+", "-"))) for hunk in found]
     homes = {key: sum(key in text for text in changes) for key in lesson.sentences}
     told = [" ".join(lesson.sentences[key] for key in homes if key in text) for text in changes]
     wrong = [f"{count} hunks, not one, change a line with {key!r}" for key, count in homes.items() if count != 1]
-    wrong += ["no sentence:\n" + "\n".join(hunk.lines) for hunk, text in zip(found, told, strict=True) if not text]
+    wrong += ["no sentence:\n" + "\n".join(hunk.lines) for hunk, words in zip(found, told, strict=True) if not words]
     if wrong:
         raise Unexplained("\n\n".join([f"{lesson.method} in tests/lessons.md", *wrong]))
-    return told
+    return list(zip(told, found, strict=True))
 
 
 def page(lesson: Lesson) -> str:
     """The walk from a method's neighbour to the method, as Markdown."""
     old, new = source(lesson.neighbour), source(lesson.method)
-    found, (come, go) = hunks(old, new), size(old, new)
-    told = explained(lesson, found)
+    (come, go), told = size(old, new), explained(lesson, hunks(old, new))
     a, b = f"{lesson.neighbour}.py", f"{lesson.method}.py"
     links = f"[{a}](../../{a}) · [{b}](../../{b}) · [all diffs](README.md) · `diff {a} {b}`"
     text = [f"# From {a} to {b}", lesson.idea, f"+{come} −{go} lines · {links}"]
-    for section in dict.fromkeys(part.section for part in definitions(new).values()):
-        text.append(f"## {section.capitalize()}")
-        here = [(text, hunk.lines) for text, hunk in zip(told, found, strict=True) if hunk.section == section]
-        text += [part for sentences, lines in here for part in (sentences, "\n".join(["```diff", *lines, "```"]))]
-        text += [] if here else ["Nothing changes."]
+    for section in dict.fromkeys(part.section for part in [*definitions(new).values(), *hunks(old, new)]):
+        here = [(words, "\n".join(["```diff", *hunk.lines, "```"])) for words, hunk in told if hunk.section == section]
+        text += [f"## {section.capitalize()}", *(itertools.chain(*here) if here else ["Nothing changes."])]
     return "\n\n".join(text) + "\n"
 
 
