@@ -1,28 +1,47 @@
-"""SimCLR: Simple Framework for Contrastive Learning (Chen, Kornblith, Norouzi, Hinton; ICML 2020, arXiv 2002.05709).
+"""Which negatives: SimCLR with another loss, and five papers' losses as points of one formula.
 
-Two views of each of N images give 2N embeddings z. Each of them has to recognise the other view of its own image among
-all 2N - 1 others, by cosine similarity:
+    decoupled (DCL, DCLW)      Yeh, Hong, Hsu, Liu, Chen, LeCun; ECCV 2022, arXiv 2110.06848
+    epsilon-InfoNCE            Barbano, Dufumier, Tartaglione, Grangetto, Gori; ICLR 2023, arXiv 2211.05568
+    debiased                   Chuang, Robinson, Lin, Torralba, Jegelka; NeurIPS 2020, arXiv 2007.00224
+    hard negatives (HCL)       Robinson, Chuang, Sra, Jegelka; ICLR 2021, arXiv 2010.04592
 
-    l(i, j) = -log  exp(sim(z_i, z_j) / T)  /  sum over k != i of exp(sim(z_i, z_k) / T)                (eq. 1)
-    loss    = mean of l over all 2N ordered pairs of views                                       (algorithm 1)
+Each of the 2N embeddings is an anchor. Its positive is the other view of its image, p = exp(sim / T); its negatives are
+the J = 2N - 2 embeddings of other images, e_1 to e_J in the same way. SimCLR's loss is -log p + log(p + sum of e_k).
+Here it is
 
-The sum leaves out k = i: an embedding has cosine 1 with itself, the largest value there is. Left in, it would keep
-every l above log 2, even of perfect positives.
+    loss = -w log p + log(exp(-epsilon) p + G),  the mean over all anchors
 
-The denominator prevents collapse: were all embeddings the same, every l would be log(2N - 1). Only the negatives do
-this, and more of them help: the batch is large, and the embeddings of all processes take part, with gradient. Strong
-colour jitter matters, too: crops of one image share their colours, and could be told from others by them alone.
+    S = J sum of e_k^(1 + beta) / sum of e_k^beta             e_k weighted by e_k^beta; for beta = 0 the sum of e_k
+    G = max{(S - tau+ J p) / (1 - tau+),  J exp(-1 / T)}      for tau+ = 0 simply S
+    w = 2 - N softmax(sim / sigma) over the N positives       for sigma = 0 simply 1
 
-What one keeps is h, the output of the backbone, not z behind the projector. The loss makes z blind to whatever differs
-between views, such as colour; h still has it, and a linear classifier on h is ten points better (section 4.2).
+    DCL                python more/negatives.py                                    (epsilon infinite)
+    DCLW               python more/negatives.py --positive-sigma 0.5
+    epsilon-InfoNCE    python more/negatives.py --no-decoupled --epsilon 0.25
+    debiased           python more/negatives.py --no-decoupled --tau-plus 0.1 --temperature 0.5
+    hard negatives     python more/negatives.py --no-decoupled --tau-plus 0.1 --beta 1 --temperature 0.5
+    SimCLR             python more/negatives.py --no-decoupled
 
-What you should see: the loss starts at about 6.1, above log(2N - 1) = 5.5 (N = 128), reaches it while the learning rate
-rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises towards 1. Signs of
-trouble: the loss stays at log(2N - 1).
+Decoupled. SimCLR's gradient at an anchor, of attraction and repulsion alike, has the factor G / (p + G): once the
+positive is easy, the negatives hardly count, and the fewer there are, the sooner. That is why SimCLR needs large
+batches. Without p in the denominator the factor is 1. epsilon-InfoNCE leaves a part of p there, and so wants the
+positive's cosine above the negatives' by a margin of epsilon T. DCLW attends to the positives that are far apart.
 
-    python simclr.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+Debiased. Some negatives are of the anchor's class, a share tau+ of them as a rule. What they add to S can be estimated
+from the positive, which is of that class for sure, and is taken out; since that may leave less than nothing, G has a
+floor, the least that J negatives can sum to. With the floor aside, this too takes p out of the denominator: of
+p + G there remains the weight 1 - (J + 1) tau+ for p, so that tau+ = 1 / (J + 1) is DCL plus a constant, and the
+usual 0.1 goes far beyond. Hard negatives: those close to the anchor have more to teach, so beta makes them count more.
 
-Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
+The negatives prevent collapse, as in SimCLR: were all embeddings the same, DCL would be log J. Its lower bound is not 0
+but log J - 2 / T: the pull on the positives never ends.
+
+@@SEE@@
+
+    python more/negatives.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+
+Read the loss; views, network and the loop in main are those of simclr.py. The table at the end says where this departs
+from the papers.
 """
 
 import math
@@ -62,12 +81,12 @@ class Args(Flags):
     base_lr: float = 2.0
     warmup_epochs: float = 4
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # how the learning rate follows the batch size (appendix B.1)
-    temperature: float = 0.2  # T
-    decoupled: bool = True  # leave the positive out of the denominator; otherwise exp(-epsilon) of it stays there
-    epsilon: float = 0.0  # with --no-decoupled: margin, in units of cosine / T; 0: as SimCLR
-    tau_plus: float = 0.0  # share of the negatives that are expected to be of the anchor's class
-    beta: float = 0.0  # how much more the negatives near the anchor count
-    positive_sigma: float = 0.0  # temperature of the weights of the positives; 0: no weights
+    temperature: float = 0.2  # T (0.1 for DCL on ImageNet; 0.5 for debiased and hard negatives)
+    decoupled: bool = True  # leave the positive out of the denominator, as with an infinite epsilon
+    epsilon: float = 0.0  # with --no-decoupled: exp(-epsilon) of the positive stays in the denominator; 0: all of it
+    tau_plus: float = 0.0  # tau+, share of the negatives that are of the anchor's class (0.1: ten equal classes)
+    beta: float = 0.0  # how much more the negatives near the anchor count; 0: all count the same
+    positive_sigma: float = 0.0  # sigma of the weights of the positives (0.5 for DCLW); 0: all count the same
     projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
     projector_dim: int = 128  # d, width of the embeddings
     jitter_strength: float = 0.5  # s, strength of the colour jitter (appendix A: 1; appendix B.9: 0.5 for small images)
@@ -75,15 +94,17 @@ class Args(Flags):
 
 RECIPES = {
     "quick": {},
-    # The official README's CIFAR-10 command, which trains 1000 epochs, with the paper's projector.
+    # From no paper: DCL in lightly's CIFAR-10 benchmark.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
-        batch_size=512, warmup_epochs=10, base_lr=1.0, weight_decay=1e-4, crop_min_scale=0.08, temperature=0.5,
+        batch_size=128, warmup_epochs=0, base_lr=0.12, optimizer="sgd", weight_decay=5e-4, crop_min_scale=0.08,
+        temperature=0.1,
     ),
-    # Section 2 and the official code, which train 100 to 1000 epochs.
+    # Batch and epochs of the DCL paper (68.2 %, SimCLR 61.8 %). The rest is simclr.py's, with the square-root learning
+    # rate, which suits small batches and short runs (SimCLR, appendix B.1).
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
-        batch_size=4096, epochs=1000, warmup_epochs=10, base_lr=0.3, crop_min_scale=0.08, blur=True,
+        batch_size=256, epochs=200, warmup_epochs=10, base_lr=0.3, lr_scaling="sqrt", crop_min_scale=0.08, blur=True,
         temperature=0.1, projector_hidden=2048, jitter_strength=1.0,
     ),
 }  # fmt: skip
@@ -149,6 +170,26 @@ class SimCLR(nn.Module):
 # ------------------------------------------------------------------------------------------------------- loss
 
 
+def log_negatives(
+    positive: Tensor, negative: Tensor, count: int, temperature: float, tau_plus: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """(log G of each anchor, whether it is the floor), from cosines over T: of the positive, and of the J = `count`
+    negatives beside entries of -inf. In logarithms throughout, for exp((1 + beta) / T) would overflow.
+    """
+    log_s = negative.logsumexp(1)  # 2n
+    if beta > 0:
+        log_s = math.log(count) + ((1 + beta) * negative).logsumexp(1) - (beta * negative).logsumexp(1)
+    if tau_plus == 0:  # S is never under the floor
+        return log_s, torch.zeros_like(log_s, dtype=torch.bool)
+    log_floor = math.log(count) - 1 / temperature
+    log_share = math.log(tau_plus * count) + positive - log_s  # 2n: log of tau+ J p / S
+    # Where nothing of S would be left, any share under 1 will do: the floor takes its place, and no gradient passes.
+    left = -log_share.where(log_share < 0, -1.0).expm1()  # 2n: 1 - tau+ J p / S
+    log_rest = log_s + left.log() - math.log1p(-tau_plus)  # 2n
+    clamped = (log_share >= 0) | (log_rest < log_floor)
+    return log_rest.where(~clamped, log_floor), clamped
+
+
 def decoupled_loss(
     z1: Tensor,
     z2: Tensor,
@@ -158,49 +199,35 @@ def decoupled_loss(
     beta: float = 0.0,
     positive_sigma: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The formula at the top of this file for this rank's embeddings of two views, (n, d) each.
+    """The formula at the top of this file for this rank's embeddings of two views, (n, d) each, of two images or more.
 
-    The mean over this rank's 2n anchors, each compared with the 2N - 2 embeddings of other images of all ranks; the
-    mean of that over ranks is the loss of the global batch. `positive_sigma` 0: every w is 1. In float32 (float64
-    stays). Terms: the mean cosine of the positive pairs, how often the positive comes first, and the share of anchors
-    whose G is the floor.
+    The mean over this rank's 2n anchors, each compared with the 2N - 1 other embeddings of all ranks; the mean of that
+    over ranks is the loss of the global batch. In float32 (float64 stays). 0 <= tau_plus < 1; epsilon, beta and
+    positive_sigma (0: every w is 1) are at least 0. With epsilon 0 and the other three at 0, SimCLR's loss. Terms: the
+    mean cosine of the positive pairs, how often the positive comes first, and the share of anchors whose G is clamped.
     """
     with torch.autocast(z1.device.type, enabled=False):
         z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))  # n×d
-        first, second = all_gather(z1), all_gather(z2)  # N×d
-        everyone = torch.cat([first, second])  # 2N×d: all first views, then all second ones
-        total, count = len(first), 2 * len(first) - 2  # N, J
+        all1, all2 = all_gather(z1), all_gather(z2)  # N×d
+        everyone = torch.cat([all1, all2])  # 2N×d: all first views, then all second ones
+        total = len(all1)  # N
         own = torch.arange(total, device=z1.device)[my_rows(total)]  # n: where this rank's images stand among the N
         self_column = torch.cat([own, own + total])  # 2n: where each anchor stands among the 2N
         positive_column = torch.cat([own + total, own])  # 2n: where its other view stands
         logits = torch.cat([z1, z2]) @ everyone.T / temperature  # 2n×2N
         logits = logits.scatter(1, self_column[:, None], -torch.inf)  # takes out k = i exactly
         positive = logits.gather(1, positive_column[:, None])[:, 0]  # 2n: log p
-        negative = logits.scatter(1, positive_column[:, None], -torch.inf)  # 2n×2N, J of each row finite: log e_k
-
-        # Everything is kept as its logarithm: exp((1 + beta) / T) would overflow.
-        log_sum = negative.logsumexp(1)  # 2n: log S
-        if beta > 0:
-            log_sum = math.log(count) + ((1 + beta) * negative).logsumexp(1) - (beta * negative).logsumexp(1)
-        clamped = torch.zeros_like(positive, dtype=torch.bool)  # 2n
-        if tau_plus > 0:  # at 0, S is never under the floor
-            floor = math.log(count) - 1 / temperature
-            log_share = math.log(tau_plus * count) + positive - log_sum  # 2n: log of (tau+ J p / S)
-            # Where nothing would be left of S, any number will do: the floor replaces it, and no gradient passes.
-            left = -log_share.where(log_share < 0, -1.0).expm1()  # 2n: 1 - tau+ J p / S
-            log_rest = log_sum + left.log() - math.log1p(-tau_plus)  # 2n: log G without the floor
-            clamped = (log_share >= 0) | (log_rest < floor)
-            log_sum = log_rest.where(~clamped, floor)  # 2n: log G
-        denominator = torch.logaddexp(positive - epsilon, log_sum)  # 2n: log(exp(-epsilon) p + G)
-
-        with torch.no_grad():
-            weight = torch.ones_like(positive)  # 2n
+        negative = logits.scatter(1, positive_column[:, None], -torch.inf)  # 2n×2N: log e_k, 2N - 2 of them in a row
+        log_g, clamped = log_negatives(positive, negative, 2 * total - 2, temperature, tau_plus, beta)  # 2n
+        log_denominator = torch.logaddexp(positive - epsilon, log_g)  # 2n
+        weight = torch.ones_like(positive)  # 2n
+        with torch.no_grad():  # the weights are constants
             if positive_sigma > 0:
-                share = ((first * second).sum(1) / positive_sigma).softmax(0)  # N, over the images of all ranks
-                weight = (2 - total * share)[own].repeat(2)  # 2n: mean 1
+                share = ((all1 * all2).sum(1) / positive_sigma).softmax(0)  # N, over the images of all ranks
+                weight = (2 - total * share)[own].repeat(2)  # 2n: 1 on average
             cosine = temperature * positive.mean()
             accuracy = (logits.argmax(1) == positive_column).to(logits.dtype).mean()
-        loss = (denominator - weight * positive).mean()
+        loss = (log_denominator - weight * positive).mean()
     return loss, {"positive": cosine, "accuracy": accuracy, "clamped": clamped.to(logits.dtype).mean()}
 
 
@@ -248,19 +275,17 @@ def main(args: Args) -> dict[str, float]:
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
 
-# ------------------------------------------ where this file, the paper and the official code differ
+# ------------------------------------------ where this file, the papers and their codes differ
 #
-# (–: it does not say)  here                                   paper      official code
+# (–: it does not say)  here                       papers      codes
 #
-# loss                  mean over the 2N anchors               the same   sum of two means, which is twice that
-# learning rate, LARS   multiplies the momentum buffer         –          inside it; the same while the rate is constant
-# crop                  0.08 of the area or more               the same   about 0.1, by TensorFlow's sampler
-# resizing              antialiased                            –          not antialiased
-# brightness            multiplied                             added      multiplied, by default
-# contrast, saturation  about the mean grey; towards grey      –          about the mean of each channel; in HSV
-# blur                  one sigma per image; mirrored border   –          one sigma per batch and view; zeros outside
-# precision             bf16 on a GPU                          –          float32, as --precision fp32
-# projector             two layers                             the same   three by default, as in SimCLR v2
-# BatchNorm in it       after both layers                      –          after every layer
-# weight decay          1e-6; 1e-4 in `cifar`                  1e-6       1e-4 in its README's commands
-# initial weights       those of torchvision and PyTorch       –          truncated normal; std 0.01 in the head
+# loss                  mean over the 2N anchors   the same    DCL (1): sum of two means, which is twice that
+# self similarity       left out exactly (-inf)    left out    DCL: 1e-45 of it stays
+# DCLW's weights        constants, over all N      –           DCL: with gradient; lightly: over each process's n
+# HCL's weights         with gradient              –           the same
+# epsilon-InfoNCE       exact                      the same    times T / 0.07; 1e-6 more in the logarithm
+# exponentials          none, so no overflow       –           debiased: in half precision
+# optimizer, network    those of simclr.py         –           debiased, HCL: Adam; each view a batch of its own
+#
+# (1) github.com/raminnakhli/Decoupled-Contrastive-Learning, not by the authors. What is not the loss: see the table in
+# simclr.py.
