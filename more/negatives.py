@@ -1,4 +1,4 @@
-"""Which negatives: SimCLR with another loss, and five papers' losses as points of one formula.
+"""Which negatives: SimCLR with another loss; five losses of four papers as points of one formula.
 
     decoupled (DCL, DCLW)      Yeh, Hong, Hsu, Liu, Chen, LeCun; ECCV 2022, arXiv 2110.06848
     epsilon-InfoNCE            Barbano, Dufumier, Tartaglione, Grangetto, Gori; ICLR 2023, arXiv 2211.05568
@@ -36,12 +36,16 @@ usual 0.1 goes far beyond. Hard negatives: those close to the anchor have more t
 The negatives prevent collapse, as in SimCLR: were all embeddings the same, DCL would be log J. Its lower bound is not 0
 but log J - 2 / T: the pull on the positives never ends.
 
-@@SEE@@
+What you should see: DCL starts at about 6.1, above log J = 5.5 (N = 128), passes it while the learning rate rises, and
+ends near 2.5; the online kNN goes from 42 % to 88 %. The other four start at 6.9, 6.1, 5.6 and 5.8, end near 2.7, 2.6,
+3.4 and 4.1, and reach 86 to 90 %. `clamped`, the share of anchors whose G is the floor, stays at 0. Signs of trouble:
+the loss stays where it started; or `clamped` comes close to 1, for a floor pushes no negatives away (raise
+--temperature, or lower --tau-plus).
 
     python more/negatives.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
-Read the loss; views, network and the loop in main are those of simclr.py. The table at the end says where this departs
-from the papers.
+Read the loss; views, network and the loop in main are those of simclr.py, and appendices are those of its paper. The
+table at the end says where this departs from the papers.
 """
 
 import math
@@ -94,7 +98,7 @@ class Args(Flags):
 
 RECIPES = {
     "quick": {},
-    # From no paper: DCL in lightly's CIFAR-10 benchmark.
+    # From no paper: optimizer, batch and temperature of DCL in lightly's CIFAR-10 benchmark (kNN 84.4 %).
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=128, warmup_epochs=0, base_lr=0.12, optimizer="sgd", weight_decay=5e-4, crop_min_scale=0.08,
