@@ -562,12 +562,12 @@ def keep(record: dict[str, Any], contents: dict[str, bytes], folder: Path) -> No
 
 
 def append(file: Path, line: str) -> None:
-    """In one write, as others may append at the same time; below a line that was cut off, not behind it."""
+    """In one write, as others may append at the same time; all of the line or nothing."""
     content = f"{line}\n".encode()
-    if file.exists() and not (file.read_bytes() or b"\n").endswith(b"\n"):
-        content = b"\n" + content
     with open(file, "ab", buffering=0) as handle:
-        if handle.write(content) < len(content):
+        written = handle.write(content)
+        if written < len(content):
+            handle.truncate(handle.tell() - written)
             raise OSError("the disk is full")
 
 
@@ -623,7 +623,8 @@ def main(args: Args) -> dict[str, Any]:
         record |= augmented_probe(net, train, test, args, rates, decays, judge)
     elif args.protocol == "tsne":
         rows, shown = tsne_rows(test, args)
-        x, y = features(net, test.subset(rows), args, judge), test.labels[rows]
+        some = test.subset(rows)
+        x, y = features(net, some, args, judge), some.labels
         record["shown"] = list(shown.values())
         contents["tsne.png"] = on_rank_0(lambda: draw_tsne(x, y, shown, args))
     else:
