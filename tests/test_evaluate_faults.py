@@ -70,7 +70,7 @@ def refused(capsys, code: int, *named: str) -> Callable:
             yield
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if not line.startswith("step ")]  # of progress
-        assert end.value.code == code and out == "", (end.value.code, out, err)
+        assert end.value.code == code and "{" not in out, (end.value.code, out, err)
         assert len(lines) == 1 and all(word in lines[0] for word in named), err
 
     return expect()
@@ -153,7 +153,7 @@ def test_with_no_room_at_all_the_result_is_printed_and_the_next_one_is_kept(prot
         with pytest.raises(SystemExit) as end:
             judge(folder, protocol, train_fraction=0.5)
     out, err = capsys.readouterr()
-    assert end.value.code == 1 and 0 <= json.loads(out)["top1"] <= 1
+    assert end.value.code == 1 and 0 <= json.loads(out.splitlines()[-1])["top1"] <= 1
     assert err.count("\n") == err.count("error: ") == 1 and "labels-" in err and "results.jsonl" in err
     record = judge(folder, protocol)
     assert results(folder) == [json.loads(json.dumps(record))]
@@ -166,7 +166,7 @@ def test_a_file_that_cannot_be_written_costs_only_itself(obstacle, tmp_path, cap
     with pytest.raises(SystemExit) as end:
         judge(folder, "finetune")
     out, err = capsys.readouterr()
-    assert end.value.code == 1 and 0 <= json.loads(out)["top1"] <= 1
+    assert end.value.code == 1 and 0 <= json.loads(out.splitlines()[-1])["top1"] <= 1
     assert err.count("error: ") == 1 and str(folder / obstacle) in err.splitlines()[-1]
     if obstacle == "results.jsonl":
         assert (folder / "finetuned.pt").is_file()
@@ -203,7 +203,7 @@ def test_evaluations_beside_each_other_all_have_a_result(tmp_path, monkeypatch):
     logs = [tmp_path / f"child{i}" for i in range(3)]
     children = [in_a_child(lambda: judge(folder, "finetune"), log) for log in logs]
     assert [ended(child) for child in children] == [0, 0, 0], [Path(f"{log}.err").read_text() for log in logs]
-    printed = [json.loads(Path(f"{log}.out").read_text()) for log in logs]
+    printed = [json.loads(Path(f"{log}.out").read_text().splitlines()[-1]) for log in logs]
     assert results(folder) == printed and printed[0] == printed[1] == printed[2]
     assert {file.name for file in folder.iterdir()} == {"args.json", "encoder.pt", "finetuned.pt", "results.jsonl"}
 
