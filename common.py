@@ -99,7 +99,7 @@ class Flags:
 
     recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
     dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps the recipe's dataset or that of --dataset
+    data_dir: str = ""  # folder of images, unless torchvision keeps --dataset there, or the recipe's dataset
     image_size: int = 32  # side of the views in pixels
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation

@@ -123,7 +123,9 @@ def answer(program: str, flags: dict[str, list[str]], root: Path) -> tuple[int, 
     line += [word for name, words in flags.items() if name != "weights" for word in words]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        here = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.callback(os.chdir, os.getcwd())
+        os.chdir(here)
         Path("folder").mkdir()
         Path("file").write_text("neither an image nor weights\n")
         said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
