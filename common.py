@@ -18,17 +18,21 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import fcntl
 import inspect
 import itertools
 import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import threading
 import time
 import typing
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -100,7 +104,7 @@ class Flags:
     recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
     dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
     data_dir: str = ""  # folder of images, unless torchvision keeps --dataset there, or the recipe's dataset
-    image_size: int = 32  # side of the views in pixels
+    image_size: int = 0  # side of the views in pixels; 0: that of the images, but 32 at least and 96 at most
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
@@ -219,8 +223,8 @@ def check_positive(args, *names: str) -> None:
 def check_flags(args: Flags) -> None:
     """Refuse impossible values of the flags that all methods share."""
     check_shared(args)
-    check_least(args, 1, "epochs", "image_size", "log_every", "eval_every", "save_every")
-    check_least(args, 0, "batch_size", "max_steps", "train_limit", "workers", "seed")
+    check_least(args, 1, "epochs", "log_every", "eval_every", "save_every")
+    check_least(args, 0, "batch_size", "max_steps", "train_limit", "seed")
     check_least(args, 0, "warmup_epochs", "base_lr", "weight_decay")
     if args.dataset == "patterns" and args.data_dir:
         refuse("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
@@ -252,7 +256,6 @@ def check_shared(args) -> None:
 # A run may be continued with other values of these flags (of --epochs, with a larger one: it stretches the schedule).
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
 FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard"}
-EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
 RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
 BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
 
@@ -269,14 +272,14 @@ class Run:
         self.compute, self.scaler = compute_in(args.precision, start_processes())
         self.device, self.dtype, self.autocast = self.compute
         self.train, self.test = load_data(args.dataset, args.data_dir, args.train_limit, self.device)
-        batch_size = fit_batch_size(args, len(self.train))
-        self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size)
+        batch_size, image_size = fit_batch_size(args, len(self.train)), args.image_size or usual_view(self.train)
+        self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size, image_size=image_size)
         torch.manual_seed(args.seed)
         self.steps_per_epoch = len(self.train) // batch_size
         self.total_steps = args.epochs * self.steps_per_epoch  # of the schedule
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.first_step, self.last_step = 0, min(self.total_steps, args.max_steps or self.total_steps)
-        self.folder = RunFolder(args, self.train.found or len(self.train))
+        self.folder = RunFolder(method, args, self.train.whole)
         self.log = Log(args, self.steps_per_epoch, self.last_step)
         self.judge = Judge(args.image_size, args.mean, args.std, self.compute, args.workers)
         labelled = (self.train.labels >= 0).nonzero()[:, 0]
@@ -380,19 +383,22 @@ def say(message: str) -> None:  # on the console, from rank 0
 
 
 def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]) -> str:
-    """runs/<method>, then every flag that differs from its recipe's value and changes the result."""
+    """runs/<method>, then every flag that differs from its recipe's value and changes the result; a slash is %2F."""
+    args = dataclasses.replace(args, data_dir=args.data_dir and os.path.normpath(args.data_dir))
     usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
     if args.data_dir and args.dataset == "folder":
         usual["dataset"] = "folder"  # --data-dir says it
     unnamed = FREE_FLAGS - {"epochs", "max_steps", "data_dir"}
     named = {k: v for k, v in dataclasses.asdict(args).items() if v != usual[k] and k not in unnamed}
     parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
-    return str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_")))
+    return str(Path("runs", "-".join([method, *parts]).replace("%", "%25").replace(os.sep, "%2F")))
 
 
 def fit_batch_size(args: Flags, images: int) -> int:
     """`--batch-size`, which is global. The default shrinks to a power of two that fits; another must fit."""
     world, most = rank_and_world()[1], 2 ** int(math.log2(images))
+    if images < 2 * world:
+        refuse(f"--data-dir holds {images} training images; at least {2 * world} are needed, two for every process")
     size = min(args.batch_size, most) if args.batch_size == type(args).batch_size else args.batch_size
     if size > images:
         refuse(f"--batch-size {size} is larger than the {images} training images; use {most}")
@@ -403,16 +409,28 @@ def fit_batch_size(args: Flags, images: int) -> int:
     return size
 
 
+def usual_view(data: "Data") -> int:
+    """The side of the views where `--image-size` does not say it: 32, or 64 or 96 for images that are not smaller."""
+    side = int(np.median([min(size) for size in data.sizes()]))
+    size = max(size for size in (32, 64, 96) if size <= max(32, side))
+    if side >= 96:
+        say(
+            f"images of about {side} pixels are seen at {size}: --image-size, --arch and --batch-size take more of them"
+        )
+    return size
+
+
 class RunFolder:
     """What a run leaves behind: args.json, checkpoint.pt, encoder.pt, heads.pt. Signals ask it to save once more.
-    `images` are all that the dataset holds: a checkpoint is continued on as many only.
+    `dataset` says what the images are (`Data.whole`): a checkpoint is continued on the same ones only.
     """
 
-    def __init__(self, args: Flags, images: int):
-        self.args, self.images, self.path, self.signal, self.handlers = args, images, Path(args.run_dir), 0, {}
+    def __init__(self, method: str, args: Flags, dataset: dict[str, Any]):
+        self.method, self.args, self.dataset, self.path = method, args, dataset, Path(args.run_dir)
+        self.signal, self.handlers, self.saved_step, self.lock = 0, {}, 0, None
 
     def open(self) -> None:
-        """Make the folder, or refuse one that holds a run with other flags. From here on, signals are kept."""
+        """Make and lock the folder, or refuse one that holds another run. From here on, signals are kept."""
         on_rank_0(self._write_flags)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -424,30 +442,73 @@ class RunFolder:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _write_flags(self) -> None:
-        mine, file = json.loads(json.dumps(dataclasses.asdict(self.args))), self.path / "args.json"
+        mine, file = {"method": self.method, **dataclasses.asdict(self.args)}, self.path / "args.json"
+        mine = json.loads(json.dumps(mine))
+        overwrite = self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
         try:
-            if self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-                for name in (*EVALUATION_FILES, *reversed(RUN_FILES)):  # the flags go last
-                    for old in self.path.glob(name):
-                        old.unlink()
+            if overwrite and self.path.is_dir() and any(self.path.iterdir()) and not file.exists():
+                refuse(f"--overwrite: {self.path} holds no run, so nothing in it was deleted; take another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            for left in self.path.glob("*.tmp"):  # by a run that was killed while it saved
+                if left.name.startswith(RUN_FILES):
+                    left.unlink()
+            if file.exists() and overwrite:
+                self._delete_run(read_flags(file))
             if file.exists():
-                old = json.loads(file.read_text())
-                if changed := [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]:
-                    was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
-                    refuse(f"{self.path} holds another run: {was}; take another --run-dir, or --overwrite it")
-                if mine["epochs"] < old["epochs"]:
-                    refuse(f"{self.path} was begun with --epochs {old['epochs']}; take as many or more to continue it")
+                self._compare(read_flags(file), mine)
             atomic_save(file, json.dumps(mine, indent=1).encode())
-        except (OSError, ValueError) as error:
+        except OSError as error:
             refuse(f"--run-dir {self.path} cannot be used: {error}")
+
+    def _take_lock(self) -> None:
+        """Keep other runs out until this process ends, however it does: the kernel lets go of the lock then.
+
+        `lockf` and not `flock`: its locks are not inherited by loader workers, which outlive a killed run by seconds.
+        """
+        self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            refuse(f"{self.path} is in use by another run; wait for its end, or take another --run-dir")
+        except OSError as error:  # some network file systems have no locks
+            warn(f"{self.path} cannot be locked ({error}): see to it that no other run uses it")
+
+    def _delete_run(self, old: dict[str, Any]) -> None:
+        """What the run with the flags `old` wrote, and evaluate.py about it, and nothing else; the flags go last."""
+        events, results = [], self.path / "results.jsonl"
+        if old.get("tensorboard"):
+            events = [file.name for file in self.path.glob("events.out.tfevents.*")]
+        lines = read_records(results, results.read_bytes()) if results.exists() else []
+        evaluations = [name for line in lines for name in line.get("files", [])]
+        for name in (*evaluations, results.name, *events, *reversed(RUN_FILES)):
+            (self.path / Path(name).name).unlink(missing_ok=True)
+
+    def _compare(self, old: dict[str, Any], mine: dict[str, Any]) -> None:
+        """Refuse to go on with a run of another method, of other flags, or, where these come from the data, on it."""
+        other = "take another --run-dir, or --overwrite it"
+        if old.get("method") != self.method:
+            refuse(f"{self.path} holds a run of {old.get('method', 'another version')}, not of {self.method}; {other}")
+        changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
+        if {"batch_size", "image_size"} & set(changed):
+            self._read_checkpoint()  # where the default followed the images, it is they that have changed
+        if changed:
+            was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
+            refuse(f"{self.path} holds another run: {was}; {other}")
+        if mine["epochs"] < old["epochs"]:
+            refuse(f"{self.path} was begun with --epochs {old['epochs']}; take as many or more to continue it")
 
     def restore(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Load the checkpoint, if there is one, into the objects of `state`; all that it holds, or None."""
         saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
-        for name, thing in state.items() if saved else ():
-            if saved[name]:  # a scaler that was not in use has no state
-                thing.load_state_dict(saved[name])
+        try:
+            for name, thing in state.items() if saved else ():
+                if saved[name]:  # a scaler that was not in use has no state
+                    thing.load_state_dict(saved[name])
+        except Exception as error:  # what is saved in another form can raise almost anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            refuse(f"the checkpoint in {self.path} does not fit this version of the code ({reason}); --overwrite it")
+        self.saved_step = saved["step"] if saved else 0
         return saved
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
@@ -456,12 +517,16 @@ class RunFolder:
         for file in files:
             try:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file can raise almost anything
+                was, _, _ = saved["dataset"], saved["step"], saved["log_bytes"]
+            except Exception as error:  # a damaged or foreign file can raise almost anything
                 warn(f"{file} cannot be read ({type(error).__name__})")
                 continue
-            if saved["images"] != self.images:
-                counts = f"is of {saved['images']} images and --data-dir now holds {self.images}"
-                refuse(f"{self.path} {counts}; take another --run-dir, or --overwrite it")
+            if was != self.dataset:
+                now = self.dataset
+                changed = next(key for key in ("images", "classes", "file names") if was.get(key) != now.get(key))
+                kept = f"{was[changed]} images" if changed == "images" else f"images with other {changed}"
+                holds = f"--data-dir now holds {now['images']}"
+                refuse(f"{self.path} is of {kept}, and {holds}; take another --run-dir, or --overwrite it")
             return saved
         if files:
             refuse(f"no checkpoint in {self.path} can be read; --overwrite starts the run anew")
@@ -477,23 +542,57 @@ class RunFolder:
         inside = tuple(name + "." for name, module in model.named_modules() if module is encoder)
         heads = {name: w.cpu() for name, w in model.state_dict().items() if not name.startswith(inside)}
         checkpoint = {name: thing.state_dict() for name, thing in state.items()}
-        checkpoint |= {"step": step, "images": self.images, "log_bytes": log_bytes}
+        checkpoint |= {"step": step, "dataset": self.dataset, "log_bytes": log_bytes}
         try:
             # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
             atomic_save(self.path / "encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
             atomic_save(self.path / "heads.pt", heads)
             atomic_save(self.path / "checkpoint.pt", checkpoint, keep_as=self.path / "checkpoint.previous.pt")
         except (OSError, RuntimeError) as error:
-            abort(f"step {step}: cannot save to {self.path} ({error}); the checkpoint before it is intact")
+            kept = (
+                f"the checkpoint of step {self.saved_step} is intact" if self.saved_step else "nothing was saved before"
+            )
+            abort(f"step {step}: cannot save to {self.path} ({error}); {kept}")
+        self.saved_step = step
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+def read_flags(file: Path) -> dict[str, Any]:
+    """What a run's args.json holds; a file that holds something else is refused."""
+    try:
+        flags = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        refuse(f"{file} cannot be read ({error}); restore it, or take another folder")
+    if not isinstance(flags, dict) or not {"dataset", "data_dir", "image_size", "mean", "std"} <= flags.keys():
+        refuse(f"{file} does not hold the flags of a run; take another folder")
+    return flags
+
+
+def read_records(file: Path, content: bytes) -> list[dict[str, Any]]:
+    """The JSON objects in the `content` of a file, one per line; a line that is none is refused."""
+    records = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            refuse(f"{file}: line {number} is not of a run; restore the file, or --overwrite the run")
+        records.append(record)
+    return records
 
 
 def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | None = None) -> None:
-    """Replace `file` in one step, by bytes or by a dict as `torch.save` writes it; the old may stay as `keep_as`."""
-    temporary = file.with_name(file.name + ".tmp")
+    """Replace `file` in one step, by bytes or by a dict as `torch.save` writes it; the old may stay as `keep_as`.
+
+    Two processes may write the same file: each has a temporary one of its own. An OSError says why it failed.
+    """
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as handle:
             if isinstance(content, bytes):
@@ -505,8 +604,10 @@ def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | Non
         if keep_as and file.exists():
             os.replace(file, keep_as)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind an error of its own
+            raise error.__context__ from None
         raise
 
 
@@ -530,8 +631,8 @@ class Log:
         content = self.file.read_bytes()[:size] if self.file.exists() else b""
         content = content[: content.rfind(b"\n") + 1]  # whole lines, even if the disk lost some
         atomic_save(self.file, content)
-        for line in content.splitlines():
-            self.latest |= json.loads(line)
+        for record in read_records(self.file, content):
+            self.latest |= record
         if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -626,6 +727,8 @@ class Judge:
             with self.compute.autocast:
                 pieces.append(net(normalize(x, self.mean, self.std)).float())  # n×d
         net.train(was_training)
+        if data.pixels is None:
+            data.labels = all_gather(data.labels[rows])[: len(data)]  # decoding may have changed some
         return all_gather(torch.cat(pieces))[: len(data)]
 
     def knn_top1(self, net: nn.Module, train: "Data", test: "Data") -> float:
@@ -651,6 +754,8 @@ def start_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            refuse(f"WORLD_SIZE is set but {missing[0]} is not: start with torchrun, or unset WORLD_SIZE")
         first, own_store = os.environ["RANK"] == "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(own_store) != "1":
             warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
@@ -802,7 +907,7 @@ class Data:
     files: np.ndarray | None  # (N,) paths as bytes: an array, so that workers share it without copying
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]
-    found: int = 0  # images there were before `subset` chose among them; 0: it did not
+    whole: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `load_data` says of all images there are
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
 
     def __len__(self) -> int:
@@ -811,7 +916,15 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes, self.found or len(self))
+        return Data(pixels, files, self.labels[index], self.classes, self.whole)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of about a hundred images."""
+        if self.pixels is not None:
+            return [(self.pixels.shape[3], self.pixels.shape[2])]
+        found = [read_or_next(self.files, i, upright_size) for i in range(0, len(self), max(1, len(self) // 100))]
+        count_bad(self, [error for _, _, errors in found for error in errors], every_rank=False)
+        return [size for size, _, _ in found]
 
 
 class Crop(NamedTuple):
@@ -832,6 +945,12 @@ def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.devic
         train, test = patterns("train", 5000), patterns("test", 1000)
     else:
         train, test = load_torchvision(dataset, root)
+    for data in (train, test):
+        if data:
+            data.whole |= {"images": len(data), "classes": list(data.classes)}
+    marks = all_gather(torch.tensor([zlib.crc32(repr((train.whole, test and test.whole)).encode())]))
+    if (other := marks != marks[0]).any():
+        refuse(f"--data-dir {root} is not the same on rank {int(other.int().argmax())} as on rank 0: copy it anew")
     if train_limit and train_limit < len(train):
         chosen = np.random.default_rng(0).permutation(len(train))[:train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
@@ -868,87 +987,140 @@ def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
     return found[0], found[1]
 
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # names of folders
+
+
 def load_folder(root: Path) -> tuple[Data, Data | None]:
-    """`root/train/<class>/*`, `root/train/*`, `root/<class>/*` or `root/*`, and a labelled test split from `root/val`
-    or `root/test` if there is one. Equally sized images that fit into `RESIDENT_BYTES` are decoded once and kept.
+    """The training images below `root` and a labelled test split, or None. It says how it read the folder:
+
+    `train`, `val` (`valid`, `validation`) and `test`, in any case, directly below `root`, are splits. But `train` is a
+    class if it holds no folders and other folders of images lie beside it: CIFAR-100 has such a class. What lies beside
+    the split `train` is left out; without one, all that is not in `val` or `test` is for training. The folders on the
+    next level are the classes, if they are two or more; images beside them have no label. The test split is the first
+    of `val` and `test` that has class folders, all of them known. Equally sized images that fit into `RESIDENT_BYTES`
+    are decoded once and kept.
     """
     if not root.is_dir():
         refuse(f"--data-dir {root} is not a folder")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    files, folders = list_images(train_root, skip=("val", "test") if train_root == root else ())
-    if len(files) == 0:
-        refuse(f"--data-dir {root} holds no images")
-    classes = sorted(set(folders))
-    if len(classes) < 2 or "" in classes:  # images beside the folders, or all in one: nobody sorted them into classes
-        return decode_if_small(Data(None, files, torch.full((len(files),), -1), [])), None
-    number = {name: label for label, name in enumerate(classes)}
-    train = decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
+    files, places, left_out = list_images(root)
+    of_split: dict[str, list[int]] = {"": [], "train": [], "val": [], "test": []}
+    for i, place in enumerate(places):
+        of_split[SPLITS.get(place[0].lower(), "") if place else ""].append(i)
+    rows, beside = of_split["train"], of_split[""]
+    depth = 1 if rows and not (all(len(places[i]) == 1 for i in rows) and any(places[i] for i in beside)) else 0
+    if depth == 0:
+        rows = sorted(rows + beside)
+    elif beside:
+        left_out.append(f"{len(beside)} images beside the folder train, one is {os.fsdecode(files[beside[0]])}")
+    if not rows:
+        refuse(f"--data-dir {root} holds no training images" + f" ({'; '.join(left_out)})" * bool(left_out))
+
+    def load(rows: list[int], depth: int, classes: list[str]) -> Data:
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number.get(places[i][depth], -1) if len(places[i]) > depth else -1 for i in rows]
+        names = zlib.crc32(b"\0".join(file[len(os.fsencode(root)) :] for file in files[rows]))
+        return decode_if_small(Data(None, files[rows], torch.tensor(labels), classes, {"file names": names}))
+
+    classes = sorted({places[i][depth] for i in rows if len(places[i]) > depth})
+    classes = classes if len(classes) > 1 else []  # one folder around all of them says nothing
+    if classes and (stray := [i for i in rows if len(places[i]) == depth]):
+        warn(f"{len(stray)} training images have no label, for they lie in no class folder")
+    test, tested = [], "nothing"
     for split in ("val", "test"):
-        files, folders = list_images(root / split)
-        if unknown := set(folders) - {""} - set(classes):
-            warn(f"{root / split} is not used: it has a class {min(unknown)!r} that the training images have not")
-        elif len(files) and "" not in folders:
-            return train, decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
-    return train, None
+        found = of_split[split]
+        inside = [i for i in found if len(places[i]) > 1]
+        if unknown := {places[i][1] for i in inside} - set(classes):
+            left_out.append(f"{split}, where {min(unknown)!r} is no class of the training images")
+        elif test and found:
+            left_out.append(f"{split}, as {tested} is there")
+        elif found:
+            test, tested = inside, split if inside else tested
+            if without := len(found) - len(inside):
+                left_out.append(f"{without} images in {split} that lie in no class folder")
+    if left_out:
+        warn(f"--data-dir {root}: left out {'; '.join(left_out)}")
+    say(f"{root} read as {'train/' * depth}{'<class>/' * bool(classes)}*, tested on {tested}")
+    return load(rows, depth, classes), load(test, 1, classes) if test else None
 
 
-def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
-    """All images below `root`, sorted, and for each the folder of `root` that it lies in, "" if in none. Left out are
-    hidden ones, the folders `skip` of `root`, and links back to a folder above.
+def list_images(root: Path) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
+    """All images below `root`, sorted; for each the folders between them; and what was left out, but for hidden files.
+
+    Links are followed, but no folder is entered twice. A run's own folder is left out.
     """
-    files, folders = [], []
-    for parent, below, names in os.walk(root, followlinks=True):
-        here = Path(parent).resolve()
-        left_out = skip if parent == str(root) else ()
-        below[:] = [name for name in sorted(below) if not (name.startswith(".") or name in left_out)]
-        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]
-        found = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        found = [os.fsencode(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
-        files += found
-        folders += ["".join(Path(parent).relative_to(root).parts[:1])] * len(found)
-    return np.array(files), folders
+    files, places, left_out, seen, others, runs = [], [], [], set(), Counter(), 0
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{error.filename} ({error.strerror})")
+
+    for parent, below, names in os.walk(root, onerror=unreadable, followlinks=True):
+        status = os.stat(parent)
+        if again := (status.st_dev, status.st_ino) in seen:
+            left_out.append(f"{parent}, a link to a folder that was read already")
+        seen.add((status.st_dev, status.st_ino))
+        is_run = {"args.json", "metrics.jsonl"} <= set(names)
+        runs += is_run
+        below[:] = sorted(name for name in below if not (name.startswith(".") or again or is_run))
+        names = sorted(name for name in names if not (name.startswith(".") or again or is_run))
+        images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        others.update(Path(name).suffix.lower() or "other" for name in set(names) - set(images))
+        files += [os.fsencode(os.path.join(parent, name)) for name in images]
+        places += [Path(parent).relative_to(root).parts] * len(images)
+    left_out += [f"{count} {suffix} files" for suffix, count in others.most_common(5)]
+    left_out += [f"{runs} folders of runs"] * bool(runs)
+    return np.array(files, dtype=bytes), places, left_out
 
 
 def decode_if_small(data: Data) -> Data:
     """Decode the whole split into `pixels` if all images have one small size and fit into `RESIDENT_BYTES`."""
-    sizes = {read_or_next(data.files, i, upright_size)[0] for i in range(0, len(data), max(1, len(data) // 100))}
+    sizes = set(data.sizes())
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
 
-    def decode(index: int) -> bool:
-        image, errors = read_or_next(data.files, index, to_rgb)
-        count_bad(data, errors)
-        if image.size == size:
+    def decode(index: int) -> tuple[bool, int, list[tuple[str, str]]]:
+        image, used, errors = read_or_next(data.files, index, to_rgb)
+        if same := image is not None and image.size == size:
             pixels[index] = pil_to_tensor(image)
-        return image.size == size
+        return same, used, errors
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        same = all(pool.map(decode, range(len(data))))
-    return dataclasses.replace(data, pixels=pixels, files=None) if same else data
+    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode, range(len(data)))) as decoded:
+        for index, (same, used, errors) in enumerate(decoded):
+            count_bad(data, errors, every_rank=False)
+            data.labels[index] = data.labels[used]
+            if not same:
+                return data
+    return dataclasses.replace(data, pixels=pixels, files=None)
 
 
-def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[str, str]]]:
-    """`read` of the opened image at `index`; where that fails, of the next one that can be read. And the failures."""
+def read_or_next(files: np.ndarray, index: int, read: Callable) -> tuple[Any, int, list[tuple[str, str]]]:
+    """`read` of the opened image at `index`, or, where that fails, of the next one; which one it was; the failures.
+
+    It gives up, and the result is None, where so many fail that `count_bad` stops the run.
+    """
     errors = []
-    for offset in range(len(files)):
-        file = os.fsdecode(files[(index + offset) % len(files)])
+    for used in [(index + i) % len(files) for i in range(min(len(files), max(10, len(files) // 100) + 1))]:
+        file = os.fsdecode(files[used])
         try:
             with Image.open(file) as image:
-                return read(image), errors
+                return read(image), used, errors
         except Exception as error:  # a damaged file can raise almost anything
             errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
-    refuse(f"none of the {len(files)} image files in --data-dir can be decoded, for example {file}")
+    return None, index, errors
 
 
-def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
-    """Warn once about each file that cannot be decoded; more than ten that are also more than 1 % stop the run."""
-    for file, error in errors:
-        if file not in data.bad:
-            warn(f"{file} cannot be decoded and is replaced by another image ({error})", every_rank=True)
-            data.bad[file] = error
-    if len(data.bad) > max(10, len(data) / 100):
-        refuse(f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them", True)
+def count_bad(data: Data, errors: list[tuple[str, str]], every_rank: bool = True) -> None:
+    """Warn of the first ten files that cannot be decoded. More than ten that are also more than 1 % stop the run, and
+    so does it if there is no other file. `every_rank`: each rank decodes images of its own.
+    """
+    new = {file: error for file, error in errors if file not in data.bad}
+    data.bad |= new
+    if data.bad and (len(data.bad) > max(10, len(data) / 100) or len(data.bad) == len(data)):
+        file, error = next(iter(data.bad.items()))
+        example = f"{len(data.bad)} of {len(data)} files cannot be decoded, one is {file} ({error})"
+        refuse(f"--data-dir: {example}; mend or remove them", every_rank)
+    for file in list(data.bad)[len(data.bad) - len(new) : 10]:
+        warn(f"{file} cannot be decoded and is replaced by another image ({data.bad[file]})", every_rank)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -999,7 +1171,7 @@ def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) 
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """For loader workers: (epoch, index) -> (the image's views, (3, size, size) uint8 each, and files that failed).
+    """For loader workers: (epoch, index) -> what `read_or_next` says, with views, (3, size, size) uint8 each.
 
     With a seed, a view is a random crop that belongs to (seed, epoch, image, view); without one, that of `centre_box`.
     """
@@ -1007,7 +1179,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __init__(self, files: np.ndarray, crops: list[Crop], seed: int | None = None):
         self.files, self.crops, self.seed = files, crops, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, list[tuple[str, str]]]:
         def read(image: Image.Image) -> list[Tensor]:
             width, height = upright_size(image)
             if self.seed is None:
@@ -1019,22 +1191,24 @@ class ImageFiles(torch.utils.data.Dataset):
 
         return read_or_next(self.files, key[1], read)
 
-    def load(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[tuple[list[Tensor], list]]:
-        """For each list of keys, its views, (n, 3, size, size) uint8 each, and the files that failed."""
+    def load(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[tuple[list[Tensor], Tensor, list]]:
+        """For each list of keys: its views, (n, 3, size, size) uint8 each, none if that failed; which images they
+        are, (n,) int64; and the files that cannot be decoded.
+        """
         pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
         options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
         return iter(torch.utils.data.DataLoader(self, batch_sampler=keys, **options))
 
 
-def collate(items: list[tuple[list[Tensor], list]]) -> tuple[list[Tensor], list]:
-    views = [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
-    return views, [error for _, errors in items for error in errors]
+def collate(items: list[tuple[list[Tensor] | None, int, list]]) -> tuple[list[Tensor], Tensor, list]:
+    views, used, errors = zip(*items, strict=True)
+    stacked = [] if None in views else [torch.stack(view) for view in zip(*views, strict=True)]
+    return stacked, torch.tensor(used), [error for some in errors for error in some]
 
 
 def keep_signals_to_the_main_process(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # torchrun and `timeout` send it to all of them
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def centre_box(height: int, width: int, size: int) -> list[int]:
@@ -1050,9 +1224,11 @@ def centred_views(data: Data, rows: Iterable[int], size: int, compute: Compute, 
     chunks, (device, dtype, _) = torch.as_tensor(rows).split(256), compute
     if data.pixels is None:
         keys = [[(0, index) for index in chunk.tolist()] for chunk in chunks]
-        for (views,), errors in ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers):
+        loaded = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers)
+        for chunk, (views, used, errors) in zip(chunks, loaded, strict=True):
             count_bad(data, errors)
-            yield views.to(device, non_blocking=True).to(dtype) / 255
+            data.labels[chunk] = data.labels[used]  # an image that replaces a bad one brings its label
+            yield views[0].to(device, non_blocking=True).to(dtype) / 255
     for chunk in chunks if data.pixels is not None else ():
         images = data.pixels[chunk.to(device)].to(dtype) / 255
         if images.shape[2:] != (size, size):
@@ -1322,8 +1498,9 @@ def batches(
             images = data.pixels[index[rows].to(device, non_blocking=True)].to(dtype) / 255
             xs = [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)]
         else:
-            views, errors = next(loaded)
+            views, used, errors = next(loaded)
             count_bad(data, errors)
+            index = all_gather(used)  # a bad image is replaced by another, with its label
             xs = [view.to(device, non_blocking=True).to(dtype) / 255 for view in views]
         yield Batch([View(x, d) for x, d in zip(xs, draws, strict=True)], index, data.labels[index])
 

@@ -469,7 +469,7 @@ def check(args: Args) -> None:
         refuse(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
     check_least(args, 1, "k", "classes")
     check_least(args, 1e-4, "temperature")
-    check_least(args, 0, "epochs", "batch_size", "image_size", "train_limit", "seed", "workers")
+    check_least(args, 0, "epochs", "batch_size", "train_limit", "seed")
     check_least(args, 0, "lr", "weight_decay", "lr_backbone", "lr_head")
     if args.lr and args.protocol != "linear":
         refuse("--lr belongs to --protocol linear; finetune takes --lr-backbone and --lr-head")

@@ -190,7 +190,10 @@ def test_the_default_batch_size_shrinks_with_the_dataset_and_a_chosen_one_is_ref
 
     assert [fitted(images) for images in (3, 7, 8, 9, 5000)] == [2, 4, 8, 8, 8]
     assert fitted(8, batch_size=7) == 7
-    for images, flags, named in [(6, {"batch_size": 7}, "6 training images; use 4"), (1, {}, "fewer than two")]:
+    for images, flags, named in [
+        (6, {"batch_size": 7}, "6 training images; use 4"),
+        (1, {}, "holds 1 training images; at least 2"),
+    ]:
         with pytest.raises(SystemExit):
             fitted(images, **flags)
         assert named in capsys.readouterr().err

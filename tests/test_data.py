@@ -11,6 +11,7 @@ import torchvision
 from methods import METHODS, metrics, module
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from worlds import run_on
 
 import common
 from common import Crop
@@ -251,8 +252,8 @@ def test_more_than_ten_bad_files_stop_the_run(tmp_path, capsys):
     for i in range(30):
         write(tmp_path / f"{i:02}.png", (20 + i, 24))
     spoil(tmp_path, 11)
-    train, _ = load(tmp_path)
     with pytest.raises(SystemExit) as end:
+        train, _ = load(tmp_path)
         batches(train, [Crop(16, (0.08, 1))], range(40))
     assert end.value.code == 2 and "11 of 42 files cannot be decoded" in capsys.readouterr().err
 
@@ -316,14 +317,19 @@ def test_the_order_of_an_epoch_and_the_draws_of_a_step_share_no_numbers():
             assert np.random.default_rng(key).permutation(8).tolist() not in orders
 
 
-def test_every_rank_takes_its_slice_of_the_same_batch(data, monkeypatch):
-    want, world = batches(data, CROPS, range(4), compute=FP64), 2
-    for rank in range(world):
-        monkeypatch.setattr(common, "rank_and_world", lambda rank=rank: (rank, world))
-        for batch, whole in zip(batches(data, CROPS, range(4), compute=FP64), want, strict=True):
-            assert torch.equal(batch.index, whole.index) and torch.equal(batch.labels, whole.labels)
-            for part, full in zip(batch, whole, strict=True):
-                close(part.x, full.x[rank * 2 : rank * 2 + 2], rtol=0, atol=1e-12)
+def taken(folder: Path) -> list[tuple]:
+    """(index, labels, views) of this rank's slice of four batches."""
+    batch_of = batches(load(folder)[0], CROPS, range(4), compute=FP64)
+    return [(batch.index, batch.labels, [x for x, _ in batch]) for batch in batch_of]
+
+
+def test_every_rank_takes_its_slice_of_the_same_batch(data, tmp_path):
+    want = taken(tmp_path)
+    for rank, got in enumerate(run_on(2, [(taken, (tmp_path,))])[0]):
+        for (index, labels, part), (whole_index, whole_labels, whole) in zip(got, want, strict=True):
+            assert torch.equal(index, whole_index) and torch.equal(labels, whole_labels)
+            for x, full in zip(part, whole, strict=True):
+                close(x, full[rank * 2 : rank * 2 + 2], rtol=0, atol=1e-12)
 
 
 def test_test_views_are_the_images_asked_for_in_their_order_and_in_range(data):
@@ -363,7 +369,7 @@ class Waits(TorchDispatchMode):
 def test_making_views_never_waits_for_the_device(method):
     """On torch's meta device, which computes shapes only and stands for a GPU here."""
     script, meta = module(method), torch.device("meta")
-    args = script.Args(batch_size=16, blur=True)
+    args = script.Args(batch_size=16, image_size=32, blur=True)
     data = common.patterns("train", 16)
     data.pixels = data.pixels.to(meta)
     shares = {"blur": 0.5, "solarization": 0.5} if method in ("vicreg", "barlow", "byol") else {}
