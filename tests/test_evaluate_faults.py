@@ -187,7 +187,7 @@ def test_a_result_that_cannot_be_printed_is_kept(where, tmp_path):
         os.close(reader)
     done = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300)
     os.close(out)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "printed" in done.stderr, done.stderr
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "printed" in done.stderr, done.stderr
     assert 0 <= results(folder)[0]["top1"] <= 1
 
 
@@ -246,12 +246,6 @@ def test_features_that_are_all_the_same_have_a_finite_worth(protocol, tmp_path, 
 def test_a_temperature_that_is_too_small_is_refused(temperature, tmp_path, capsys):
     with refused(capsys, 2, "--temperature"):
         judge(run_folder(tmp_path / "run"), "knn", temperature=temperature)
-
-
-def test_the_smallest_temperature_asks_the_nearest_neighbour_alone(tmp_path):
-    folder = run_folder(tmp_path / "run")
-    coldest, nearest = judge(folder, "knn", temperature=1e-30), judge(folder, "knn", k=1)
-    assert coldest["top1"] == nearest["top1"]
 
 
 def test_a_number_that_is_none_never_becomes_a_result(tmp_path, monkeypatch, capsys):
