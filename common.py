@@ -17,6 +17,7 @@ Copy what you need: README.md lists what each piece needs.
 import argparse
 import atexit
 import contextlib
+import csv
 import dataclasses
 import difflib
 import fcntl
@@ -285,7 +286,7 @@ class Run:
         self.folder = RunFolder(method, args, self.train.whole)
         self.log = Log(args, self.steps_per_epoch, self.last_step)
         self.judge = Judge(args.image_size, args.mean, args.std, self.compute, args.workers)
-        labelled = (self.train.labels >= 0).nonzero()[:, 0]
+        labelled = self.train.rows_with("labels")
         even = torch.linspace(0, len(labelled) - 1, min(len(labelled), BANK_LIMIT)).long()
         self.bank = self.train if len(even) == len(self.train) else self.train.subset(labelled[even])
 
@@ -525,7 +526,8 @@ class RunFolder:
                 continue
             if was != self.dataset:
                 now = self.dataset
-                changed = [name for name in ("images", "classes", "file names") if was.get(name) != now.get(name)]
+                names = ("images", "classes", "file names", "targets")
+                changed = [name for name in names if was.get(name) != now.get(name)]
                 kept = (
                     f"{was['images']} images" if "images" in changed else f"images with other {' and '.join(changed)}"
                 )
@@ -741,8 +743,8 @@ class Judge:
             with self.compute.autocast:
                 pieces.append(net(normalize(x, self.mean, self.std)).float())  # n×d
         net.train(was_training)
-        if data.pixels is None:
-            data.labels = all_gather(data.labels[rows])[: len(data)]  # decoding may have changed some
+        if data.pixels is None:  # decoding may have changed some
+            data.labels, data.targets = (all_gather(y[rows])[: len(data)] for y in (data.labels, data.targets))
         return all_gather(torch.cat(pieces))[: len(data)]
 
     def knn_top1(self, net: nn.Module, train: "Data", test: "Data") -> float:
@@ -923,6 +925,11 @@ class Data:
     classes: list[str]
     whole: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `load_data` says of all images there are
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
+    targets: Tensor = None  # (N,) float64, a number to predict, NaN where unknown; all are, if it is left out
+
+    def __post_init__(self) -> None:
+        if self.targets is None:
+            self.targets = torch.full((len(self.labels),), math.nan, dtype=torch.float64)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -930,7 +937,15 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes, self.whole)
+        return Data(pixels, files, self.labels[index], self.classes, self.whole, targets=self.targets[index])
+
+    def rows_with(self, known: Literal["labels", "targets"]) -> Tensor:
+        """Which of the images have a label, or a target."""
+        return (self.labels >= 0 if known == "labels" else self.targets.isfinite()).nonzero()[:, 0]
+
+    def replace(self, rows: Any, used: Any) -> None:
+        """The images of `rows` are bad, and those of `used` stand for them: with their labels and targets."""
+        self.labels[rows], self.targets[rows] = self.labels[used], self.targets[used]
 
     def sizes(self) -> list[tuple[int, int]]:
         """(width, height) of about a hundred images."""
@@ -950,8 +965,12 @@ class Crop(NamedTuple):
     flip: float = 0.5
 
 
-def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.device) -> tuple[Data, Data | None]:
-    """(training split, labelled test split or None); pixels, if they fit in memory, are on `device`."""
+def load_data(
+    dataset: str, data_dir: str, train_limit: int, device: torch.device, known: Literal["labels", "targets"] = "labels"
+) -> tuple[Data, Data | None]:
+    """(training split, test split or None); pixels, if they fit in memory, are on `device`. Of the test images those
+    whose label, or whose target, is `known`: none if it is known of no training image.
+    """
     root = Path(data_dir or "data")
     if dataset == "folder":
         train, test = load_folder(root)
@@ -968,8 +987,11 @@ def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.devic
     if train_limit and train_limit < len(train):
         chosen = np.random.default_rng(0).permutation(len(train))[:train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
-    if not (train.labels >= 0).any():
-        test = None  # nothing to compare with
+    to_learn, to_test = (data.rows_with(known) if data else [] for data in (train, test))
+    if not (len(to_learn) and len(to_test)):
+        test = None  # nothing to compare with, or nothing to compare
+    elif len(to_test) < len(test):
+        test = test.subset(to_test)
     for data in (train, test):
         if data and data.pixels is not None:
             data.pixels = data.pixels.to(device)
@@ -1011,12 +1033,14 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     class if it holds no folders and other folders of images lie beside it: CIFAR-100 has such a class. What lies beside
     the split `train` is left out; without one, all that is not in `val` or `test` is for training. The folders on the
     next level are the classes, if they are two or more; images beside them have no label. The test split is the first
-    of `val` and `test` that has class folders, all of them known. Equally sized images that fit into `RESIDENT_BYTES`
-    are decoded once and kept.
+    of `val` and `test` that has class folders, all of them known, or targets. Equally sized images that fit into
+    `RESIDENT_BYTES` are decoded once and kept. Targets come from `root/targets.csv`.
     """
     if not root.is_dir():
         refuse(f"--data-dir {root} is not a folder")
     files, places, left_out = list_images(root)
+    table = root / "targets.csv"
+    targets = read_targets(table, files)
     of_split: dict[str, list[int]] = {"": [], "train": [], "val": [], "test": []}
     for i, place in enumerate(places):
         of_split[SPLITS.get(place[0].lower(), "") if place else ""].append(i)
@@ -1032,8 +1056,10 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     def load(rows: list[int], depth: int, classes: list[str]) -> Data:
         number = {name: label for label, name in enumerate(classes)}
         labels = [number.get(places[i][depth], -1) if len(places[i]) > depth else -1 for i in rows]
-        names = zlib.crc32(b"\0".join(file[len(os.fsencode(root)) :] for file in files[rows]))
-        return decode_if_small(Data(None, files[rows], torch.tensor(labels), classes, {"file names": names}))
+        whole = {"file names": zlib.crc32(b"\0".join(file[len(os.fsencode(root)) :] for file in files[rows]))}
+        if table.exists():
+            whole["targets"] = zlib.crc32(targets[rows].numpy().tobytes())
+        return decode_if_small(Data(None, files[rows], torch.tensor(labels), classes, whole, targets=targets[rows]))
 
     classes = sorted({places[i][depth] for i in rows if len(places[i]) > depth})
     classes = classes if len(classes) > 1 else []  # one folder around all of them says nothing
@@ -1042,8 +1068,9 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
     test, tested = [], "nothing"
     for split in ("val", "test"):
         found = of_split[split]
-        inside = [i for i in found if len(places[i]) > 1]
-        if unknown := {places[i][1] for i in inside} - set(classes):
+        inside = [i for i in found if len(places[i]) > 1 or targets[i].isfinite()]
+        unknown = {places[i][1] for i in inside if len(places[i]) > 1} - set(classes)
+        if unknown and (classes or not table.exists()):
             left_out.append(f"{split}, where {min(unknown)!r} is no class of the training images")
         elif test and found:
             left_out.append(f"{split}, as {tested} is there")
@@ -1053,8 +1080,51 @@ def load_folder(root: Path) -> tuple[Data, Data | None]:
                 left_out.append(f"{without} images in {split} that lie in no class folder")
     if left_out:
         warn(f"--data-dir {root}: left out {'; '.join(left_out)}")
+    if table.exists() and (without := int(targets[rows + test].isnan().sum())):
+        warn(f"{without} of {len(rows + test)} images have no target, for {table} has no line for them")
     say(f"{root} read as {'train/' * depth}{'<class>/' * bool(classes)}*, tested on {tested}")
     return load(rows, depth, classes), load(test, 1, classes) if test else None
+
+
+def read_targets(table: Path, files: np.ndarray) -> Tensor:
+    """(N,) float64: the target of each of `files` by a CSV file, NaN where it has no line, or does not exist.
+
+    A line is the name of an image, relative to the folder of the table, and a number; the first may be a heading.
+    """
+    targets, names, strange = torch.full((len(files),), math.nan, dtype=torch.float64), {}, []
+    if not table.exists():
+        return targets
+    index = {file: i for i, file in enumerate(files.tolist())}
+    try:
+        with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            lines = csv.reader(file)
+            for cells in filter(None, lines):
+                name, value = (cells[0], as_number(cells[1])) if len(cells) == 2 else ("", math.nan)
+                row = index.get(os.fsencode(os.path.join(table.parent, os.path.normpath(name))))
+                if lines.line_num == 1 and row is None and math.isnan(value):
+                    continue  # the heading
+                if not abs(value) <= 1e18:
+                    refuse(f"{table}: line {lines.line_num} is not the name of an image, a comma and a number")
+                if name in names:
+                    refuse(f"{table}: line {lines.line_num} names {name} again, after line {names[name]}")
+                names[name] = lines.line_num
+                if row is None:
+                    strange.append(name)
+                else:
+                    targets[row] = value
+    except (OSError, csv.Error) as error:
+        refuse(f"{table} cannot be read: {error}")
+    if strange:
+        warn(f"{table}: {len(strange)} lines name no image, the first is line {names[strange[0]]}, {strange[0]}")
+    return targets
+
+
+def as_number(text: str) -> float:
+    """NaN for what is no number."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def list_images(root: Path) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
@@ -1077,7 +1147,8 @@ def list_images(root: Path) -> tuple[np.ndarray, list[tuple[str, ...]], list[str
         below[:] = sorted(name for name in below if not (name.startswith(".") or again or is_run))
         names = sorted(name for name in names if not (name.startswith(".") or again or is_run))
         images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-        others.update(Path(name).suffix.lower() or "other" for name in set(names) - set(images))
+        known = {"targets.csv"} if Path(parent) == root else set()
+        others.update(Path(name).suffix.lower() or "other" for name in set(names) - set(images) - known)
         files += [os.fsencode(os.path.join(parent, name)) for name in images]
         places += [Path(parent).relative_to(root).parts] * len(images)
     left_out += [f"{count} {suffix} files" for suffix, count in others.most_common(5)]
@@ -1101,7 +1172,7 @@ def decode_if_small(data: Data) -> Data:
     with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode, range(len(data)))) as decoded:
         for index, (same, used, errors) in enumerate(decoded):
             count_bad(data, errors, every_rank=False)
-            data.labels[index] = data.labels[used]
+            data.replace(index, used)
             if not same:
                 return data
     return dataclasses.replace(data, pixels=pixels, files=None)
@@ -1249,7 +1320,7 @@ def centred_views(data: Data, rows: Iterable[int], size: int, compute: Compute, 
         loaded = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers)
         for chunk, (views, used, errors) in zip(chunks, loaded, strict=True):
             count_bad(data, errors)
-            data.labels[chunk] = data.labels[used]  # an image that replaces a bad one brings its label
+            data.replace(chunk, used)
             yield views[0].to(device, non_blocking=True).to(dtype) / 255
     for chunk in chunks if data.pixels is not None else ():
         images = data.pixels[chunk.to(device)].to(dtype) / 255
@@ -1301,10 +1372,11 @@ PATTERN_CLASSES = ("stripes", "zigzag", "bricks", "checks", "dots", "triangles",
 def patterns(split: str, count: int, seed: int = 0) -> Data:
     """Ten procedural texture families, the same images for the same `split` ("train" or "test") and `seed`.
 
-    The pixels are (count, 3, 32, 32) and label i is i % 10. The class is the family and nothing else: angle, phase,
-    period, shear, a faint wash of colour and pixel noise are drawn anew for every image. Contrast and brightness are
-    the same for all and the colours muted: these survive a crop so easily that methods which only predict one view from
-    another (BYOL, SimSiam) would learn them instead. Shading, by which raw pixels are told apart, is taken out.
+    The pixels are (count, 3, 32, 32), label i is i % 10, and the target is the period in pixels, 4.5 to 11.1. The class
+    is the family and nothing else: angle, phase, period, shear, a faint wash of colour and pixel noise are drawn anew
+    for every image. Contrast and brightness are the same for all and the colours muted: these survive a crop so easily
+    that methods which only predict one view from another (BYOL, SimSiam) would learn them instead. Shading, by which
+    raw pixels are told apart, is taken out.
     """
     draws, grains = np.random.default_rng((seed, ("train", "test").index(split))).spawn(2)
     u = draws.random((count, 27, 1, 1), dtype=np.float32)  # a row per image, whatever `count` is
@@ -1313,13 +1385,19 @@ def patterns(split: str, count: int, seed: int = 0) -> Data:
     for start in range(0, count, 500):  # pieces that fit into the processor's cache take a third of the time
         rows = slice(start, start + 500)
         pixels[rows] = _paint(u[rows], labels[rows], grains)
-    return Data(torch.from_numpy(pixels), None, torch.from_numpy(labels), list(PATTERN_CLASSES))
+    periods = torch.from_numpy(_period(u).ravel()).double()
+    return Data(torch.from_numpy(pixels), None, torch.from_numpy(labels), list(PATTERN_CLASSES), targets=periods)
+
+
+def _period(u: np.ndarray) -> np.ndarray:
+    """(n, 1, 1) pixels."""
+    return 4.5 * 2 ** (1.3 * u[:, 1])
 
 
 def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np.ndarray:
     """(n, 3, 32, 32) uint8 images of the families `labels` from numbers u (n, 27, 1, 1) in [0, 1)."""
     y, x = np.mgrid[-15.5:16, -15.5:16].astype(np.float32)
-    turn, period = 2 * np.pi * u[:, 0], 4.5 * 2 ** (1.3 * u[:, 1])  # pixels
+    turn, period = 2 * np.pi * u[:, 0], _period(u)
     sheared = x + 2 * (u[:, 2] - 0.5) * y
     s = (np.cos(turn) * sheared + np.sin(turn) * y) / period
     t = (np.cos(turn) * y - np.sin(turn) * sheared) / period
@@ -1519,11 +1597,12 @@ class View(NamedTuple):
 
 @dataclass
 class Batch:
-    """The views of one step; it unpacks into them. `index` and `labels` tell of the global batch, on every rank."""
+    """The views of one step; it unpacks into them. The rest tells of the global batch, on every rank."""
 
     views: list[View]
     index: Tensor  # (batch_size,) int64: which of the training images these are
     labels: Tensor  # (batch_size,) int64, -1 where unknown
+    targets: Tensor  # (batch_size,) float64, NaN where unknown
 
     def __iter__(self) -> Iterator[View]:
         return iter(self.views)
@@ -1549,9 +1628,10 @@ def batches(
         else:
             views, used, errors = next(loaded)
             count_bad(data, errors)
-            index = all_gather(used)  # a bad image is replaced by another, with its label
+            index = all_gather(used)  # a bad image is replaced by another, with its label and target
             xs = [view.to(device, non_blocking=True).to(dtype) / 255 for view in views]
-        yield Batch([View(x, d) for x, d in zip(xs, draws, strict=True)], index, data.labels[index])
+        views = [View(x, d) for x, d in zip(xs, draws, strict=True)]
+        yield Batch(views, index, data.labels[index], data.targets[index])
 
 
 def batch_indices(total: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -96,7 +96,7 @@ class Trajectory:
         for step in steps:
             draws = Draws((0,), IMAGES)
             draws.generator = RandomState(3000 + step)  # MoCo permutes with it
-            yield Batch([View(x, draws) for x in views(step, self.case["view_sizes"])], *torch.zeros(2, IMAGES))
+            yield Batch([View(x, draws) for x in views(step, self.case["view_sizes"])], *torch.zeros(3, IMAGES))
 
     def rates(self) -> list[float]:
         """The learning rates of the groups of parameters."""
