@@ -7,9 +7,9 @@
     L_thr, L_exp                  Barbano, Dufumier, Duchesnay, Grangetto, Gori; ISBI 2023, arXiv 2211.08326
 
 Each of the 2N embeddings is an anchor i. SimCLR draws it to the other view of its image. Here it is drawn to every
-other embedding k, as much as their labels agree, and away from some of the others, s_ik being their cosine over T:
+other embedding k, as much as their labels agree, and pushed away from others. With s_ik, their cosine over T:
 
-    loss = sum over k of w_ik / (sum of w_ik) * (log(sum over t of r_ikt exp(s_it)) - s_ik),    the mean over all anchors
+    loss = sum over k of w_ik / (sum of w_ik) * (log(sum over t of r_ikt exp(s_it)) - s_ik),  the mean over all anchors
 
     --loss             w_ik                             r_ikt, for t other than i
     supcon             1 in the class of i, 0 outside   1                                                     (eq. 2)
@@ -26,14 +26,14 @@ the file targets.csv of --data-dir. For these keep the crops large, since a smal
     python more/supcon.py --loss yaware --crop-min-scale 0.6
     python evaluate.py runs/supcon-crop_min_scale=0.6-loss=yaware --protocol regress
 
-What differs. SupCon divides the attraction among all of the class, and all of the class repel each other, too: if all
-of them are one point, those that are drawn together still keep its minimum at the log of their number. epsilon-SupInfoNCE
-takes the rest of the class out of the denominator. exp(-epsilon) asks for a margin: the cosine with the class is to be
-larger than with the others by epsilon T. L_thr pushes away only what is farther from i, in y, than k is; L_exp pushes
-the less, the closer in y.
+What differs. In SupCon those of one class repel each other, too, since all of them stand in the denominator: the more
+there are, the larger the least loss, the mean log of their number. epsilon-SupInfoNCE leaves them out of it.
+exp(-epsilon) asks for a margin: the cosine with the class should exceed that with others by epsilon T. y-aware draws
+to all, most to the nearest in y. L_thr pushes away, for the sake of k, only what is farther from i in y than k is;
+L_exp pushes the less, the nearer.
 
-What is not drawn to the anchor stands in the denominator, and so prevents collapse, as in SimCLR. But a class may become
-one point, and with it whatever the labels do not ask for is lost.
+Those that i is not drawn to stand in its denominator, and so prevent collapse, as in SimCLR. Inside a class nothing
+does: it may become one point, and whatever the labels do not ask for is lost.
 
 @@SEE@@
 
@@ -270,8 +270,8 @@ def yaware_loss(
 
     An image of target NaN is like no other. `sigma` is in the unit of the targets; towards 0, y-aware is SimCLR's loss.
     `repel` says what stands in the denominator: all; those that are less like the anchor, "thr"; all, but less the more
-    they are like it, "exp". L_thr has no term for what is less like the anchor than all others, and neither of the last
-    two has a bound of 0.
+    they are like it, "exp", which needs two images or more. L_thr has no term for what is less like the anchor than all
+    others, and neither of the last two has a bound of 0.
 
     The mean over this rank's 2n anchors; the mean of that over ranks is the loss of the global batch. In float32
     (float64 stays). Terms: see `weighted_loss`.

@@ -31,6 +31,7 @@ SMALL = {
 METHODS = list(SMALL)
 # The same for the methods in more/, each of which has tests of its own.
 MORE = {
+    "supcon": {"projector_hidden": 24, "projector_dim": 16},
     "negatives": {"projector_hidden": 24, "projector_dim": 16},
 }
 
