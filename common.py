@@ -11,7 +11,7 @@ In the order in which a method's `main` meets it:
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
 
-Copy what you need: README.md lists what each piece needs.
+Copy what you need: docs/pieces.md lists what each piece needs.
 """
 
 import argparse
