@@ -1,4 +1,4 @@
-"""README.md and docs/*.md say what is so: links lead somewhere, commands can be typed, code runs, figures are the runs'."""
+"""The pages say what is so: links lead somewhere, commands can be typed, code runs, figures are those of the runs."""
 
 import ast
 import json
@@ -46,7 +46,7 @@ def test_nothing_is_left_to_fill_in(page):
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
     """(program, the words behind it) of every command line of ours in code."""
-    fences = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    fences = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     lines = [line for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     found = []
