@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from methods import METHODS, metrics, module
+from methods import METHODS, metrics, module, run
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import run_on
@@ -378,13 +378,23 @@ def spoiled_run(root: Path, workers: int) -> str:
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
         batches(train, [Crop(16, (0.08, 1))], range(2), workers)
     assert end.value.code == 2
+    STILL_HELD.append(end)
     return said.getvalue()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_images_with_good_headers_and_no_content_are_answered_in_one_line(tmp_path, workers):
-    said = spoiled_run(tmp_path, workers)
+STILL_HELD = []
+
+
+def test_images_with_good_headers_and_no_content_are_answered_in_one_line(tmp_path):
+    said = spoiled_run(tmp_path, workers=0)
     assert said.count("\n") == 1 and "of 15 files cannot be decoded" in said and "truncated" in said
+
+
+def test_so_they_are_with_workers_and_the_program_ends_although_these_ignore_sigterm(tmp_path):
+    """Something still holds the loader when the program ends, as a debugger does."""
+    program = "import test_data, pathlib, sys; print(test_data.spoiled_run(pathlib.Path(sys.argv[1]), workers=1))"
+    ended = run([sys.executable, "-c", program, str(tmp_path)], timeout=60, PYTHONPATH=os.pathsep.join(sys.path))
+    assert ended.returncode == 0 and ended.stdout.count("of 15 files cannot be decoded") == 1, ended.stderr
 
 
 def test_a_flood_of_bad_files_is_named_ten_times_at_most(tmp_path, capsys):

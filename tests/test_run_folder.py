@@ -42,16 +42,25 @@ def copy(begun, tmp_path) -> Path:
 # ------------------------------------------------------------------------------------------------ one at a time
 
 
-def test_a_folder_in_use_is_refused_to_a_second_run_also_to_one_that_would_overwrite_it(tmp_path):
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """24 images of many sizes, which loader workers decode."""
+    root = tmp_path_factory.mktemp("mixed")
+    for i in range(24):
+        Image.effect_noise((20 + i, 24), 60).convert("RGB").save(root / f"{i}.jpg")
+    return root
+
+
+def test_a_folder_in_use_is_refused_to_a_second_run_also_to_one_that_would_overwrite_it(mixed, tmp_path):
     """The first is stopped in the middle of a run. Killed, it leaves no lock behind, although its workers live on."""
-    flags = {"epochs": 500, "eval_every": 500, "save_every": 500}
+    flags = {"data_dir": str(mixed), "batch_size": 8, "epochs": 500, "eval_every": 500, "save_every": 500, "workers": 1}
     first = subprocess.Popen(command("vicreg", tmp_path / "run", **flags), stdout=subprocess.PIPE, text=True)
     try:
         assert any("step 3/" in line for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
         kept, before = (tmp_path / "run" / "args.json").read_text(), metrics(tmp_path / "run")
         for changed in ({}, {"overwrite": True, "base_lr": 1.0}):
-            assert "in use" in refused(tmp_path / "run", **{**flags, **changed})
+            assert "in use" in refused(tmp_path / "run", **flags, max_steps=1, **changed)
         assert (tmp_path / "run" / "args.json").read_text() == kept and metrics(tmp_path / "run") == before
     finally:
         first.kill()
@@ -83,15 +92,6 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(copy):
 
 
 # ------------------------------------------------------------------------------------------------- signals
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Path:
-    """24 images of many sizes, which loader workers decode."""
-    root = tmp_path_factory.mktemp("mixed")
-    for i in range(24):
-        Image.effect_noise((20 + i, 24), 60).convert("RGB").save(root / f"{i}.jpg")
-    return root
 
 
 def test_sigterm_saves_although_it_reaches_the_loader_workers_too(mixed, tmp_path):
