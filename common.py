@@ -18,6 +18,7 @@ import argparse
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import inspect
 import itertools
@@ -54,10 +55,25 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def tell(message: str, stream: Literal["stdout", "stderr"]) -> None:
+    """Print a line. A closed pipe or a full disk behind the stream ends no run: the rest is left out."""
+    if (file := getattr(sys, stream)) is None:  # it was closed from the start
+        return
+    try:
+        print(message, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        setattr(sys, stream, None)
+        with contextlib.suppress(OSError, ValueError):  # Python flushes what is in the buffer once more, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if stream == "stdout":
+            warn(f"nothing more is printed, for the output cannot be written ({error})")
+
+
 def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
     """One line per machine, or from every rank that calls."""
-    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if first or every_rank:
+        tell(f"{kind}: {' '.join(message.splitlines())}", "stderr")
 
 
 def refuse(message: str, every_rank: bool = False) -> typing.NoReturn:
@@ -72,13 +88,24 @@ def abort(message: str) -> typing.NoReturn:
     raise SystemExit(1)
 
 
+def excepthook(kind: type, error: BaseException, traceback: Any) -> None:
+    """In place of Python's: one line where memory ran out, from the rank that saw it; else the traceback."""
+    lack = "out of memory|not enough memory|can't allocate memory|bad_alloc"  # of CUDA, Windows, Linux, C++
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(lack, str(error))):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        size = f" ({asked[1]} more were needed)" if asked else ""
+        warn(f"out of memory{size}; lower --batch-size, --image-size, or the widths of the network", True, "error")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 @dataclass
 class Flags:
     """The flags of every method. A method's `Args` shows the defaults that differ and adds its own flags."""
 
     recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
     dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
+    data_dir: str = ""  # folder of images, unless torchvision keeps --dataset there, or the recipe's dataset
     image_size: int = 0  # side of the views in pixels; 0: that of the images, but 32 at least and 96 at most
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
@@ -99,7 +126,7 @@ class Flags:
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints
-    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
+    run_dir: str = ""  # where the run is kept; none: runs/<method>, then the flags that change the result
     overwrite: bool = False  # delete the run of that folder instead of continuing it
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
@@ -115,45 +142,77 @@ def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = Non
 
     Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple has
     as many values as its default; a field without a default is positional. The help text is the comment behind the
-    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`.
+    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`, unless
+    torchvision keeps the recipe's dataset there. From here on, streams print any name and `excepthook` is Python's.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and the help may hold what the terminal has not
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = excepthook
+    words = sys.argv[1:] if argv is None else argv
+    named = re.findall(r"--recipe[= ](\S+)", " ".join(words))  # the help shows the defaults of the last one
+    recipe = (recipes or {}).get(named[-1] if named else "quick", {})
     source = "".join(inspect.getsource(cls) for cls in reversed(args_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    doc = sys.modules[args_class.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev = False
+    doc, fields = sys.modules[args_class.__module__].__doc__ or "", dataclasses.fields(args_class)
+    positional = [field.name for field in fields if field.default is dataclasses.MISSING]
+    usage = " ".join(["%(prog)s", *positional, "[flags]"])
+    parser = argparse.ArgumentParser(usage=usage, description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message} (see --help)")
-    types = typing.get_type_hints(args_class)
-    for field in dataclasses.fields(args_class):
-        kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
-        if field.default is dataclasses.MISSING:
+    own, shared = (parser.add_argument_group(f"flags of {whose}") for whose in (parser.prog, "every method"))
+    kinds, flags = typing.get_type_hints(args_class), []
+    for field in fields:
+        kind, text = kinds[field.name], comments.get(field.name, "").replace("%", "%%")
+        if field.name in positional:
             parser.add_argument(field.name, type=kind, help=text)
             continue
-        options: dict[str, Any] = {"type": kind}
+        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options = {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
-        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{field.default}]"}
-        parser.add_argument(flag_of(field.name), **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    if "data_dir" in given and "dataset" not in given:
-        given["dataset"] = "folder"
+            number = typing.get_args(kind)[0]
+            options = {"type": number, "nargs": len(field.default), "metavar": number.__name__.upper()}
+        default = recipe.get(field.name, field.default)
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default == "" else default
+        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        group = shared if hasattr(args_class.__base__, field.name) else own
+        flags += group.add_argument(flag_of(field.name), **options).option_strings
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        refuse(f"unrecognized arguments: {' '.join(unknown)}{suggestion(unknown, flags)} (see --help)")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(found).items()}
     recipe = (recipes or {}).get(given.get("recipe", "quick"), {})
+    if "data_dir" in given and "dataset" not in given:
+        kept = getattr(torchvision.datasets, recipe.get("dataset", "").upper(), None)
+        if not (kept and Path(given["data_dir"], kept.base_folder).is_dir()):
+            given["dataset"] = "folder"
     return args_class(**{**recipe, **given})
+
+
+def suggestion(unknown: list[str], flags: list[str]) -> str:
+    """For words that are no flags: the flag that ends like the first of them, or that is spelled most like it."""
+    word = next((word for word in unknown if word.startswith("-")), "").split("=")[0].lstrip("-").replace("_", "-")
+    near = [flag for flag in flags if flag.endswith("-" + word)] or difflib.get_close_matches("--" + word, flags, 1)
+    return f"; did you mean {near[0]}?" if word and near else ""
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_least(args, least: float, *names: str) -> None:
-    """Refuse a flag of these that is under `least`, or not a number."""
+def check_least(args, least: float, *names: str, most: float = math.inf) -> None:
+    """Refuse a flag of these that is under `least`, above `most`, or not a number."""
+    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
     for name in names:
-        if not getattr(args, name) >= least:
-            refuse(f"{flag_of(name)} must be at least {least}, not {getattr(args, name)}")
+        if not least <= getattr(args, name) <= most:
+            refuse(f"{flag_of(name)} must be {limits}, not {getattr(args, name)}")
+
+
+def check_widths(args, *names: str) -> None:
+    """Refuse a flag of these that is no width of a layer: one layer of the largest widths has four gigabytes."""
+    check_least(args, 1, *names, most=2**15)
 
 
 def check_positive(args, *names: str) -> None:
@@ -165,18 +224,27 @@ def check_positive(args, *names: str) -> None:
 
 def check_flags(args: Flags) -> None:
     """Refuse impossible values of the flags that all methods share."""
+    check_shared(args)
     check_least(args, 1, "epochs", "log_every", "eval_every", "save_every")
-    check_least(args, 0, "image_size", "batch_size", "max_steps", "train_limit", "workers", "seed")
+    check_least(args, 0, "batch_size", "max_steps", "train_limit", "seed")
     check_least(args, 0, "warmup_epochs", "base_lr", "weight_decay")
     if args.dataset == "patterns" and args.data_dir:
         refuse("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
-    check_shared(args)
-    if min(args.std) <= 0:
-        refuse("--std must be positive")
+    if min(args.std) < 1e-6:
+        refuse(f"--std must be at least 1e-6, not {min(args.std)}")
 
 
 def check_shared(args) -> None:
-    """Refuse impossible values of flags that evaluate.py has, too."""
+    """Refuse impossible values of flags that evaluate.py has, too, and numbers that no flag can have."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(f"{flag_of(field.name)} must be finite, not {number}")
+            if isinstance(number, int | float) and abs(number) > 1e18:  # float32 holds the square
+                refuse(f"{flag_of(field.name)} must be between -1e18 and 1e18, not {number}")
+    check_least(args, 0, "image_size", most=4096)  # pixels; 64 such views have twelve gigabytes
+    check_least(args, 0, "workers", most=256)
     if args.dataset == "folder" and not args.data_dir:
         refuse("--dataset folder needs --data-dir")
     if not 0 <= args.crop_min_scale <= 1:
@@ -313,7 +381,7 @@ class Run:
 
 def say(message: str) -> None:  # on the console, from rank 0
     if rank_and_world()[0] == 0:
-        print(message, flush=True)
+        tell(message, "stdout")
 
 
 def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]) -> str:
@@ -1308,7 +1376,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
+        tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}
 
 

@@ -62,7 +62,6 @@ from common import (
     backbone,
     batches,
     check_least,
-    check_positive,
     check_shared,
     compute_in,
     cosine_schedule,
@@ -78,6 +77,7 @@ from common import (
     rank_and_world,
     read_weights,
     refuse,
+    say,
     start_processes,
     sync_batchnorm,
     warn,
@@ -91,8 +91,8 @@ class Args:
     weights: str  # a run folder, or a file of weights such as encoder.pt
     protocol: Literal["knn", "linear", "finetune", "tsne", "diagnose"] = "knn"  # how to judge the features
     scratch: bool = False  # take random weights of that architecture instead, to compare with
-    dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # default: the run's
-    data_dir: str = ""  # default: the run's
+    dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # none: the run's
+    data_dir: str = ""  # none: the run's
     image_size: int = 0  # side of the images in pixels; 0: the run's, or 224
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; used with --std
     std: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; without it, both are the run's, or ImageNet's
@@ -110,7 +110,7 @@ class Args:
     crop_min_scale: float = 0.08  # linear --augment, finetune: smallest share of the area a crop keeps
     classes: int = 5  # tsne: so many classes, chosen at random
     seed: int = 0  # of the label subset, the held-out images, the order and the crops
-    output: str = ""  # folder for results and pictures; default: where the weights are
+    output: str = ""  # folder for results and pictures; none: where the weights are
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the network
     workers: int = 2  # for images that do not fit in memory
 
@@ -355,7 +355,7 @@ def draw_tsne(x: Tensor, y: Tensor, shown: dict[int, str], args: Args, folder: P
     from sklearn.manifold import TSNE
 
     rows = F.normalize(x, dim=1).cpu().numpy()
-    flat = TSNE(perplexity=min(30, len(x) / 4), init="pca", random_state=args.seed).fit_transform(rows)  # N×2
+    flat = TSNE(perplexity=min(30, len(x) / 4), init="pca", random_state=args.seed % 2**32).fit_transform(rows)  # N×2
     figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
     for label, name in shown.items():
         axes.scatter(*flat[y.numpy() == label].T, s=8, label=name)
@@ -464,20 +464,21 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
 
 
 def check(args: Args) -> None:
+    check_shared(args)
     if not 0 < args.train_fraction <= 1:
         refuse(f"--train-fraction must be above 0 and at most 1, not {args.train_fraction}")
-    check_positive(args, "k", "temperature", "classes")
-    check_least(args, 0, "epochs", "batch_size", "image_size", "train_limit", "seed", "workers")
+    check_least(args, 1, "k", "classes")
+    check_least(args, 1e-4, "temperature")
+    check_least(args, 0, "epochs", "batch_size", "train_limit", "seed")
     check_least(args, 0, "lr", "weight_decay", "lr_backbone", "lr_head")
-    check_shared(args)
     if args.lr and args.protocol != "linear":
         refuse("--lr belongs to --protocol linear; finetune takes --lr-backbone and --lr-head")
     if args.augment and args.protocol != "linear":
         refuse("--augment belongs to --protocol linear")
     if any(args.mean) and not any(args.std):
         refuse("--mean needs --std")
-    if any(args.std) and min(args.std) <= 0:
-        refuse("--std must be positive")
+    if any(args.std) and min(args.std) < 1e-6:
+        refuse(f"--std must be at least 1e-6, not {min(args.std)}")
     if args.weight_decay and not args.lr:
         refuse("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
     if args.protocol == "tsne":
@@ -562,8 +563,7 @@ def main(args: Args) -> dict[str, Any]:
             numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, judge))
             record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
     record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
-    if rank_and_world()[0] == 0:
-        print(json.dumps(record), flush=True)
+    say(json.dumps(record))
     on_rank_0(lambda: save_result(record, args, chosen))
     if dist.is_initialized():
         dist.destroy_process_group()

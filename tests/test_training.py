@@ -105,7 +105,9 @@ def test_help_explains_every_flag(method, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert end.value.code == 0
     for field in dataclasses.fields(args):
-        explained = rf"^  {common.flag_of(field.name)}\b[^\[\n]*\s\s+[^\s\[].* {re.escape(f'[{field.default}]')}$"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "none" if default == "" else default
+        explained = rf"^  {common.flag_of(field.name)}\b[^\[\n]*\s\s+[^\s\[].* {re.escape(f'[{default}]')}$"
         assert re.search(explained, told, re.M), field.name
 
 
