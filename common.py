@@ -33,6 +33,7 @@ import sys
 import threading
 import time
 import typing
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -563,15 +564,26 @@ class RunFolder:
             os.close(self.lock)
 
 
-def read_flags(file: Path) -> dict[str, Any]:
-    """What a run's args.json holds; a file that holds something else is refused."""
+def read_flags(file: Path, required: bool = True) -> dict[str, Any]:
+    """The flags of the run whose args.json `file` is. Another file, or a damaged one, is refused; if it is not
+    `required`, it is ignored with a warning, and the result is empty.
+    """
     try:
         flags = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        refuse(f"{file} cannot be read ({error}); restore it, or take another folder")
-    if not isinstance(flags, dict) or not {"dataset", "epochs", "image_size", "mean", "std"} <= flags.keys():
-        refuse(f"{file} does not hold the flags of a run; take another folder")
-    return flags
+        size, epochs, mean, std = (flags[name] for name in ("image_size", "epochs", "mean", "std"))
+        known = flags["dataset"] in typing.get_args(typing.get_type_hints(Flags)["dataset"])
+        known = known and isinstance(flags["data_dir"], str) and type(size) is type(epochs) is int and size > 0
+        if known and len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, [*mean, *std])):
+            return flags
+        fault = "values that no run has"
+    except KeyError as error:
+        fault = f"no {error}"
+    except Exception as error:  # what is not ours can hold anything
+        fault = str(error)
+    if required:
+        refuse(f"{file} does not hold the flags of a run ({fault}); restore it, or take another folder")
+    warn(f"{file} does not hold the flags of a run and is ignored ({fault})")
+    return {}
 
 
 def read_records(file: Path, content: bytes) -> list[dict[str, Any]]:
@@ -1361,32 +1373,59 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+        # DINO's files hold their flags, too. Whatever torch warns of is said below, in one line.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             state = torch.load(file, map_location="cpu", weights_only=True)
-        for container in ("state_dict", "model", "teacher"):
-            state = state[container] if isinstance(state.get(container), dict) else state
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
-    except FileNotFoundError:
-        refuse(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
-        refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+        if isinstance(error, OSError) and error.filename:  # it was not opened
+            refuse(f"{file} cannot be read: {error.strerror}")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(f"{file} carries code, which is not run: {code[1]}; save its tensors alone, as a state dict")
+        refuse(f"{file} is damaged, or not a file of weights as torch.save writes it")
+    for container in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(container), dict):
+            state = state[container]
+    entries = state.items() if isinstance(state, dict) else ()
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): weight for name, weight in entries}
     prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
-        refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+        refuse(f"{file} holds no ResNet: it has no entry conv1.weight, alone or behind a prefix known here")
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    for name, weight in ((name, state[name]) for name, match in trunk.items() if match):
+        dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+        if not dense or not (weight.is_floating_point() or name.endswith("num_batches_tracked")):
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}
 
 
+def misfits(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into `net`: one sentence per entry. Old files do not count batches."""
+    wanted, given = ({name: list(w.shape) for name, w in weights.items()} for weights in (net.state_dict(), state))
+    found = []
+    for name in {**wanted, **given}:
+        if name not in wanted:
+            found.append(f"{name} has no place")
+        elif name in given and given[name] != wanted[name]:
+            found.append(f"{name} has shape {given[name]} in place of {wanted[name]}")
+        elif name not in given and not name.endswith("num_batches_tracked"):
+            found.append(f"{name} is missing")
+    return found
+
+
 def load_encoder(net: nn.Module, path: str) -> None:
     """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
-    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
-    try:
-        net.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+    file = Path(path, "encoder.pt") if os.path.isdir(path) else Path(path)
+    state = read_weights(file)
+    if faults := misfits(net, state):
+        refuse(f"--init {file} does not fit --arch and --stem: {faults[0]}")
+    net.load_state_dict(state)
+    if broken := [name for name, weight in net.state_dict().items() if not weight.isfinite().all()]:
+        refuse(f"--init {file}: {broken[0]} is not finite")
 
 
 class LARS(torch.optim.Optimizer):
