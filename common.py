@@ -259,7 +259,7 @@ class Run:
         where = torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}"
         say(f"batch    {args.batch_size}{shares} on {where}; base learning rate {args.base_lr:g}")
         stop = f"; --max-steps ends the run after {self.last_step}" * (self.last_step < self.total_steps)
-        say(f"steps    {self.total_steps}: {args.epochs} epochs of {self.steps_per_epoch}{stop}")
+        say(f"steps    {self.total_steps} = {args.epochs} epochs of {self.steps_per_epoch}{stop}")
         say(f"folder   {self.folder.path}")
         say("columns  spread of the embeddings: 1 isotropic, 0 a point; effective rank: dimensions they fill")
         fresh = self.first_step == 0 and args.precision in ("auto", "fp32") and not cuda
@@ -516,8 +516,8 @@ class Log:
         epoch, images_per_s, health = step / self.steps_per_epoch, rate * self.args.batch_size, embedding_health(z)
         self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
         row = {"epoch": f"{epoch:5.1f}", "step": f"{step:6d}"}
-        for name, value in values.items():  # a large one has fewer decimals, so that all are as wide
-            row[name] = f"{value:7.{4 if abs(value) < 99.9999 else 1 if abs(value) < 99999 else 0}f}"
+        for name, value in values.items():  # four decimals, fewer where they make more than seven characters
+            row[name] = min((f"{value:7.{decimals}f}" for decimals in (4, 1, 0)), key=len)
         row |= {"lr": f"{lr:8.5f}", "spread": f"{health['embedding_std'] * z.shape[1] ** 0.5:6.3f}"}
         row |= {"effective_rank": f"{health['effective_rank']:7.1f}", "images/s": f"{images_per_s:8.0f}"}
         self._tell({**row, "time_left": f"{clock((self.last_step - step) / rate):>9}"})
@@ -1529,10 +1529,10 @@ def signs_of_collapse(z: Tensor, embedding_std: float, effective_rank: float) ->
     """{sign: what it says} of embeddings z (n, d) that have collapsed, with their health; empty if they have not."""
     spread, scale, signs = embedding_std * z.shape[1] ** 0.5, z.float().std(0).mean().item(), {}
     if spread < 1 / 20:
-        signs["std"] = f"the spread of the normalised embeddings is {spread:.2g}, under a twentieth of 1"
+        signs["std"] = f"the spread of the embeddings is {spread:.2g}, under 0.05 (1: isotropic)"
     # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
     if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
         signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
     if scale < 1e-3:
-        signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
+        signs["scale"] = f"the embeddings shrink to one point: std {scale:.2g} before normalisation"
     return signs

@@ -71,32 +71,32 @@ def test_a_run_prints_aligned_columns_that_a_terminal_holds(method, tmp_path, mo
         for key in row.keys() & line.keys():
             decimals = len(row[key].partition(".")[2])
             assert float(row[key]) == pytest.approx(line[key], abs=0.51 * 10**-decimals)
-            assert decimals >= 4 or key in ("epoch", "step", "effective_rank") or abs(line[key]) >= 99
+            assert decimals >= 4 or key in ("epoch", "step", "effective_rank") or abs(line[key]) > 99
 
 
-terms = st.floats(1e-4, 12345) | st.floats(-100, 0)
+term = st.floats(1e-4, 12345) | st.floats(-100, 0)
 
 
 @given(
-    st.lists(st.fixed_dictionaries(dict.fromkeys(("loss", "invariance", "variance", "covariance"), terms)), min_size=2),
+    st.lists(st.tuples(term, term, term, term), min_size=1, max_size=35),
     st.integers(4, 999_999),
     st.floats(1e-3, 3),
     st.floats(1e-6, 99),
 )
 def test_columns_hold_small_and_large_numbers(tmp_path_factory, values, last_step, seconds, lr):
-    lines = io.StringIO()
+    lines, names = io.StringIO(), ("loss", "invariance", "variance", "covariance")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(lines):
         log = log_of(tmp_path_factory.mktemp("log"), last_step, seconds, patch)
         z = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-        for i, (loss, *others) in enumerate(map(dict.values, values)):
-            named = zip(("invariance", "variance", "covariance"), map(torch.tensor, others), strict=True)
+        for i, (loss, *others) in enumerate(values):
+            named = zip(names[1:], map(torch.tensor, others), strict=True)
             log.step(i % last_step + 1, torch.tensor(loss), dict(named), lr, z)
     lines = lines.getvalue().splitlines()
     assert {len(line) for line in lines} == {len(lines[0])} and len(lines[0]) <= WIDTH
     rows = table("\n".join(lines))
     for row, line in zip(rows, values, strict=True):
-        for name, value in line.items():
-            assert float(row[name]) == pytest.approx(value, rel=1e-3, abs=5.1e-5)
+        for name, value in zip(names, line, strict=True):
+            assert float(row[name]) == pytest.approx(value, rel=6e-3, abs=5.1e-5)
     headers = [i for i, line in enumerate(lines) if "epoch" in line]
     assert headers == [32 * j + 1 for j in range(len(headers))] and len(headers) == math.ceil(len(values) / 30)
 
@@ -133,7 +133,7 @@ def test_the_first_lines_tell_on_what_where_and_how_long(tmp_path, monkeypatch, 
         images, batch, steps, folder, *_ = capsys.readouterr().out.splitlines()
         assert images.endswith(f"folder {small_folder()}: 64 in memory, of 4 classes; 40 to test on")
         assert batch.startswith("batch    16 on CPU, 1 thread;" if not torch.cuda.is_available() else "batch    16 on")
-        assert steps == f"steps    12: 3 epochs of 4{told}"
+        assert steps == f"steps    12 = 3 epochs of 4{told}"
         assert folder.split() == ["folder", str(tmp_path / str(most))]
 
 

@@ -401,12 +401,13 @@ def test_each_sign_of_collapse_is_warned_of_once(sign, tmp_path, capsys):
     for step in (1, 2):
         log.step(step, torch.tensor(1.0), {}, 0.1, z)
     log.close()
-    named = {"std": "spread of the normalised embeddings", "rank": "effective rank", "scale": "shrink to one point"}
+    named = {"std": "spread of the embeddings", "rank": "effective rank", "scale": "shrink to one point"}
     said = capsys.readouterr().err
     assert {name for name, text in named.items() if text in said} == (
         {sign, "rank"} if sign == "std" else {sign} - {None}
     )
     assert said.count("warning") == (2 if sign == "std" else 1 if sign else 0)
+    assert all(len(line) < 96 for line in said.splitlines()), "they stand beside the columns, at later steps, too"
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
