@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,12 @@ def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str
 def run(line: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **environment}
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=timeout)
+
+
+def at_step(line: str) -> int | None:
+    """The step of a line of the console's columns, which epoch and step begin; None of another line."""
+    found = re.match(r" *\d+\.\d +(\d+) ", line)
+    return int(found[1]) if found else None
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
