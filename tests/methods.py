@@ -29,6 +29,11 @@ SMALL = {
     "moco": {"head_dim": 16, "queue_size": 32, "bn_groups": 4},
 }
 METHODS = list(SMALL)
+# The same for the methods of more/.
+MORE = {
+    "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
+    "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
+}
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
 TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
@@ -56,7 +61,7 @@ def module(method: str):
 def tiny(method: str, run_dir: Path, **flags):
     """The method's Args for a run of 12 steps on 64 images."""
     return module(method).Args(
-        **{**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
+        **{**TINY, "data_dir": small_folder(), **(SMALL | MORE)[method], "run_dir": str(run_dir), **flags}
     )
 
 
