@@ -14,9 +14,9 @@ Crops and colours make an image differ from itself in a few ways; a neighbour di
 of one kind do. So the features depend less on the choice of views: without any but crops they lose little.
 
 The other images in the denominator prevent collapse, as in SimCLR: were all embeddings the same, l would be log N. The
-support set is a queue like MoCo's, but one of positives. It begins as noise, which is gone after Q / N steps. The first
-neighbours are hardly ever of the same kind, and still the loss can be lowered: both views of an image often have the
-same neighbour, or near ones. Features that do so are better, and make better neighbours.
+support set is a queue like MoCo's, but one of positives. It begins as noise, which is gone after Q / N steps. At first
+a neighbour is seldom of the same kind. But it is near z, a blurred copy of it, so that to predict it is SimCLR's task
+made harder; the features that come of this find better neighbours.
 
 What you should see: the loss starts a little above log N (4.85 at N = 128), stays there for three epochs, then falls
 to 2.7. `same_class`, how often an embedding and its neighbour have the same label (which nothing but this number uses),
@@ -98,7 +98,6 @@ def check(args: Args, images: int) -> None:
         refuse(f"--batch-size {batch} leaves no other of the {images} images for the support set; take {images // 2}")
     if size < 1 or size % batch or size >= images:
         fit = max(1, min(size, images - 1) // batch) * batch
-        # As large as the dataset, it would hold every image's own embedding of the last epoch, the nearest of all.
         rule = f"must be a multiple of the batch size {batch} and smaller than the {images} training images"
         refuse(f"--support-size {size} {rule}; take {fit}")
 
@@ -273,13 +272,11 @@ if __name__ == "__main__":
 #
 # (–: it does not say)  here                                   paper
 #
-# support set           the projections of view 1, of all      the same, 98,304 of them; in `quick` 1024, a fifth of the
-#                       processes, in batch order              images: it must not hold the image's own last embedding
-# colour jitter         half as strong on small images         for ImageNet
+# support set           1024 embeddings in `quick`, a fifth    98,304
+#                       of the images (1)
+# colour jitter         half as strong for small images        for ImageNet only
 # biases                none before BatchNorm, which would     –
 #                       remove them
-# same_class            watched on view 1's neighbours         a figure, of both
 # precision             bf16 on a GPU; the search in float32   –
 #
-# Elsewhere: Lightly's code gives neighbours and predictions to NT-Xent, with the 2N - 2 other embeddings as negatives,
-# and keeps a support set for each process, which is not saved with a checkpoint.
+# (1) It has to be smaller than the dataset, or the nearest row would be the image's own embedding of the last epoch.

@@ -17,10 +17,11 @@ estimate, and that is wanted: the batch is cut into slices of w images, at rando
 all views, and each is whitened by itself. The batch may be as large as one likes, w stays. As there are no negatives,
 more than two views pay: with `--views 4` (W-MSE 4) each image has six pairs instead of one, for twice the work.
 
-What you should see: LOSS. `pivot`, the smallest squared diagonal entry of L, is the variance that the most
-redundant dimension has left, given those before it. Signs of trouble: the loss stays at 2; or `pivot` sinks towards 0:
-dimensions repeat each other, and when the decomposition fails the loss is nan and the run ends (a smaller
-`--projector-dim`, larger slices, or `--epsilon 1e-4` help).
+What you should see: the loss, at most 4, starts just under 2 (cosine 0) and falls from the first epoch on, to 0.65.
+`pivot`, the smallest squared diagonal entry of L, stays near 0.03: it is the variance that the most redundant dimension
+has left, given those before it. With `python more/wmse.py` the online kNN goes from 53 % to 88 %. Signs of trouble: the
+loss stays at 2; or `pivot` sinks towards 0: dimensions repeat each other. Where the decomposition fails, the loss is
+nan and the run ends; a smaller `--projector-dim`, larger slices or `--epsilon 1e-4` help.
 
     python more/wmse.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -64,6 +65,7 @@ class Args(Flags):
     epsilon: float = 0.0  # share of the identity in the covariance, for one that is nearly singular
     projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
     projector_dim: int = 32  # d, width of the embeddings
+    jitter_strength: float = 0.5  # strength of the colour jitter; 1 for large images
 
 
 RECIPES = {
@@ -78,7 +80,7 @@ RECIPES = {
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=512, epochs=240, warmup_epochs=2, base_lr=1e-3, crop_min_scale=0.08,
-        projector_hidden=1024, projector_dim=128,
+        projector_hidden=1024, projector_dim=128, jitter_strength=1.0,
     ),
 }  # fmt: skip
 
@@ -86,6 +88,7 @@ RECIPES = {
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags, and slices that cannot be whitened or do not fit the batch."""
     check_least(args, 1, "projector_hidden", "projector_dim")
+    check_least(args, 0, "jitter_strength")
     check_least(args, 2, "views")
     if not 0 <= args.epsilon <= 1:
         refuse(f"--epsilon is a share, from 0 to 1, not {args.epsilon}")
@@ -114,8 +117,9 @@ def crops(args: Args) -> list[Crop]:
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws. All views alike."""
+    strength, hue = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
     if args.color_jitter:
-        x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8)
+        x = color_jitter(x, draws, brightness=strength, contrast=strength, saturation=strength, hue=hue, p=0.8)
     if args.grayscale:
         x = grayscale(x, draws.chance(0.1))
     if args.blur:
@@ -245,3 +249,17 @@ if __name__ == "__main__":
 #
 # (–: it does not say)  here                                   paper      official code
 #
+# learning rate         a cosine at every step, scaled with    –          divided by 5, 50 and 25 epochs before the end;
+#                       the batch size                                    not scaled
+# warm-up               --warmup-epochs, from 0                –          500 steps
+# permutations          one per step                           –          one; for W-MSE 2 on two datasets four
+# whitening             of the images of all processes         –          the same; BatchNorm for each GPU by itself
+# normalised z          always                                 yes        yes; --no_norm compares z as they are
+# biases                none before BatchNorm, none last:      –          both
+#                       whitening would remove it
+# grey                  with p 0.1                             0.1, 0.2   0.1; ImageNet 0.2
+# colours               after the crop                         –          before it
+# precision             bf16 on a GPU, the loss in float32     –          float32
+#
+# Elsewhere: solo-learn's loss has no gradient for the second view, unless told otherwise: the same loss, but half of
+# every pair is a constant.

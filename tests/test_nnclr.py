@@ -233,8 +233,8 @@ def train(tmp_path, monkeypatch):
     return quick.trainer(nnclr, args, 40, tmp_path, monkeypatch)
 
 
-def test_each_step_searches_what_the_steps_before_left_and_then_pushes_view_1(train, monkeypatch):
-    order, held, views = [], collections.deque(maxlen=3), []
+def test_each_step_searches_what_the_steps_before_left_and_then_pushes_view_1(train, monkeypatch, tmp_path):
+    order, held, views, losses = [], collections.deque(maxlen=3), [], []
 
     def spy_nearest(z, support):
         order.append("nearest")
@@ -252,7 +252,8 @@ def test_each_step_searches_what_the_steps_before_left_and_then_pushes_view_1(tr
         view = (len(order) - 3) % 5
         close(neighbours, views[1 + 2 * view], rtol=0, atol=0)  # view 1's neighbour and p2, then view 2's and p1
         assert not torch.equal(p, views[0]) and not torch.equal(p, views[2]), "predictions, not embeddings"
-        return nnclr_loss(neighbours, p, temperature)
+        losses.append(nnclr_loss(neighbours, p, temperature))
+        return losses[-1]
 
     def spy_push(self, z, labels):
         order.append("push")
@@ -269,6 +270,10 @@ def test_each_step_searches_what_the_steps_before_left_and_then_pushes_view_1(tr
     saved = train(max_steps=7)["support"]
     assert order == 7 * ["nearest", "nearest", "loss", "loss", "push"]
     close(torch.cat(list(held)), saved["rows"].roll(-saved["oldest"].item(), 0), rtol=0, atol=0)
+    (last,) = metrics(tmp_path / "run")
+    (loss1, terms1), (loss2, terms2) = losses[-2:]
+    assert last["loss"] == pytest.approx((loss1 + loss2).item() / 2)
+    assert all(last[name] == pytest.approx((terms1[name] + terms2[name]).item() / 2) for name in terms1)
 
 
 def test_the_predictions_of_the_other_view_are_compared(monkeypatch, train):

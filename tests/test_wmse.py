@@ -321,6 +321,7 @@ IMPOSSIBLE = [
     ({"views": 1}, "--views must be at least 2"),
     ({"projector_hidden": 0}, "--projector-hidden "),
     ({"projector_dim": 0}, "--projector-dim "),
+    ({"jitter_strength": -1.0}, "--jitter-strength "),
     ({"epsilon": -0.1}, "--epsilon "),
     ({"epsilon": math.nan}, "--epsilon "),
     ({"slice_size": 4}, "--slice-size 4 is no larger than --projector-dim 4: their covariance has rank 3 at most"),
