@@ -129,7 +129,7 @@ def test_several_slices_at_once_are_whitened_each_by_itself(batch):
     close(whiten(slices), torch.stack([whiten(piece) for piece in slices]))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(batches(slices=st.just(1)))
 def test_the_gradient_of_whitening_is_that_of_finite_differences(batch):
     assert torch.autograd.gradcheck(whiten, batch[0][0].requires_grad_())
@@ -241,7 +241,7 @@ def test_every_view_gets_a_gradient_and_inputs_are_left_alone(batch):
     close(([v.detach() for v in views], order), before, rtol=0, atol=0)
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(batches(slices=st.integers(1, 2)))
 def test_gradient_is_that_of_finite_differences(batch):
     views, order, w = batch
