@@ -274,7 +274,7 @@ if __name__ == "__main__":
 #
 # support set           1024 embeddings in `quick`, a fifth    98,304
 #                       of the images (1)
-# colour jitter         half as strong for small images        for ImageNet only
+# colour jitter         half as strong for small images        only for ImageNet: of full strength
 # biases                none before BatchNorm, which would     –
 #                       remove them
 # precision             bf16 on a GPU; the search in float32   –

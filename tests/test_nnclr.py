@@ -364,6 +364,11 @@ def test_impossible_flags_are_answered_in_one_line_before_anything_is_written(fl
     assert not (tmp_path / "run").exists()
 
 
+def test_the_recipes_fit():
+    for name, images in (("quick", 5000), ("cifar", 50_000), ("imagenet", 1_281_167)):
+        nnclr.check(nnclr.Args(**nnclr.RECIPES[name], recipe=name), images)
+
+
 @given(st.integers(2, 64), st.integers(0, 400), st.integers(-70, 500))
 def test_the_default_support_set_fits_and_so_does_the_proposed_one(batch, more, size):
     images = batch + 1 + more
