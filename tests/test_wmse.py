@@ -253,7 +253,7 @@ def test_computes_in_float32_whatever_the_network_computed_in(half):
     generator = torch.Generator().manual_seed(0)
     a, b = ((10 * torch.randn(64, 16, generator=generator)).to(half) for _ in range(2))
     order = torch.randperm(64, generator=generator)
-    want, _ = wmse_loss([a.double(), b.double()], order, 32)
+    want, want_terms = wmse_loss([a.double(), b.double()], order, 32)
     with torch.autocast("cpu", torch.bfloat16):
         got, terms = wmse_loss([a, b], order, 32)
         also, _ = wmse_loss([a.float(), b.float()], order, 32)
@@ -261,6 +261,7 @@ def test_computes_in_float32_whatever_the_network_computed_in(half):
     assert {got.dtype, white.dtype, *(term.dtype for term in terms.values())} == {torch.float32}
     assert want.dtype == torch.float64
     close(got.double(), want, rtol=1e-5, atol=0)
+    close(terms["pivot"].double(), want_terms["pivot"], rtol=1e-4, atol=0)
     close(also, got)
     close(white.double(), whiten(a.double()), rtol=1e-3, atol=1e-4)
 
