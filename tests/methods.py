@@ -33,6 +33,8 @@ METHODS = list(SMALL)
 # The same for the methods in more/, each of which has tests of its own.
 MORE = {
     "negatives": {"projector_hidden": 24, "projector_dim": 16},
+    "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
+    "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
 }
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
