@@ -512,10 +512,12 @@ class RunFolder:
         events, results = [], self.path / "results.jsonl"
         if old.get("tensorboard"):
             events = [file.name for file in self.path.glob("events.out.tfevents.*")]
-        lines = read_records(results, results.read_bytes()) if results.exists() else []
-        evaluations = [name for line in lines for name in line.get("files", [])]
+        evaluations = []
+        for line in results.read_bytes().splitlines() if results.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is damaged names nothing
+                evaluations += [Path(name).name for name in json.loads(line)["files"]]
         for name in (*evaluations, results.name, *events, *reversed(RUN_FILES)):
-            (self.path / Path(name).name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
 
     def _compare(self, old: dict[str, Any], mine: dict[str, Any]) -> None:
         """Refuse to go on with a run of another method, of other flags, or, where these come from the data, on it."""
