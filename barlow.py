@@ -39,6 +39,7 @@ from common import (
     backbone,
     check_least,
     check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -84,7 +85,7 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    check_least(args, 1, "projector_hidden", "projector_dim")
+    check_widths(args, "projector_hidden", "projector_dim")
     check_least(args, 0, "lambd", "base_lr_biases")
     check_positive(args, "base_lr")  # of which base_lr_biases is a multiple
 

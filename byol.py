@@ -46,6 +46,7 @@ from common import (
     backbone,
     check_least,
     check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -96,7 +97,7 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    check_least(args, 1, "projector_hidden", "projector_dim", "predictor_hidden")
+    check_widths(args, "projector_hidden", "projector_dim", "predictor_hidden")
     check_least(args, 0, "std_coeff", "cov_coeff")
     check_positive(args, "predictor_lr_factor")
     if not 0 <= args.base_tau <= 1:

@@ -11,24 +11,32 @@ In the order in which a method's `main` meets it:
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
 
-Copy what you need: README.md lists what each piece needs.
+Copy what you need: docs/pieces.md lists what each piece needs.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import difflib
+import fcntl
 import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
 import threading
 import time
 import typing
+import warnings
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,11 +57,27 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def tell(message: str, stream: Literal["stdout", "stderr"]) -> None:
+    """Print a line. A closed pipe or a full disk behind the stream ends no run: the rest is left out."""
+    if (file := getattr(sys, stream)) is None:  # it was closed from the start
+        return
+    try:
+        print(message, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        setattr(sys, stream, None)
+        with contextlib.suppress(OSError, ValueError):  # Python flushes what is in the buffer once more, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if stream == "stdout":
+            warn(f"nothing more is printed, for the output cannot be written ({error})")
+
+
 def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
     """One line per machine, or from every rank that calls."""
-    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        color = ("31" if "error" in kind else "33") if sys.stderr.isatty() else ""  # red or yellow
-        print(f"\033[{color}m{kind}\033[0m: {message}" if color else f"{kind}: {message}", file=sys.stderr, flush=True)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if first or every_rank:
+        color = ("31" if "error" in kind else "33") if sys.stderr and sys.stderr.isatty() else ""  # red or yellow
+        kind = f"\033[{color}m{kind}\033[0m" if color else kind
+        tell(f"{kind}: {' '.join(message.splitlines())}", "stderr")
 
 
 def refuse(message: str, every_rank: bool = False) -> typing.NoReturn:
@@ -68,14 +92,25 @@ def abort(message: str) -> typing.NoReturn:
     raise SystemExit(1)
 
 
+def excepthook(kind: type, error: BaseException, traceback: Any) -> None:
+    """In place of Python's: one line where memory ran out, from the rank that saw it; else the traceback."""
+    lack = "out of memory|not enough memory|can't allocate memory|bad_alloc"  # of CUDA, Windows, Linux, C++
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(lack, str(error))):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        size = f" ({asked[1]} more were needed)" if asked else ""
+        warn(f"out of memory{size}; lower --batch-size, --image-size, or the widths of the network", True, "error")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 @dataclass
 class Flags:
     """The flags of every method. A method's `Args` shows the defaults that differ and adds its own flags."""
 
     recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
     dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
-    image_size: int = 32  # side of the views in pixels
+    data_dir: str = ""  # folder of images, unless torchvision keeps --dataset there, or the recipe's dataset
+    image_size: int = 0  # side of the views in pixels; 0: that of the images, but 32 at least and 96 at most
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
     arch: str = "resnet10"  # resnet10 (one block per stage) or any torchvision ResNet
@@ -95,7 +130,7 @@ class Flags:
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints
-    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
+    run_dir: str = ""  # where the run is kept; none: runs/<method>, then the flags that change the result
     overwrite: bool = False  # delete the run of that folder instead of continuing it
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
@@ -111,45 +146,77 @@ def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = Non
 
     Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple has
     as many values as its default; a field without a default is positional. The help text is the comment behind the
-    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`.
+    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`, unless
+    torchvision keeps the recipe's dataset there. From here on, streams print any name and `excepthook` is Python's.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and the help may hold what the terminal has not
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = excepthook
+    words = sys.argv[1:] if argv is None else argv
+    named = re.findall(r"--recipe[= ](\S+)", " ".join(words))  # the help shows the defaults of the last one
+    recipe = (recipes or {}).get(named[-1] if named else "quick", {})
     source = "".join(inspect.getsource(cls) for cls in reversed(args_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    doc = sys.modules[args_class.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev = False
+    doc, fields = sys.modules[args_class.__module__].__doc__ or "", dataclasses.fields(args_class)
+    positional = [field.name for field in fields if field.default is dataclasses.MISSING]
+    usage = " ".join(["%(prog)s", *positional, "[flags]"])
+    parser = argparse.ArgumentParser(usage=usage, description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message} (see --help)")
-    types = typing.get_type_hints(args_class)
-    for field in dataclasses.fields(args_class):
-        kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
-        if field.default is dataclasses.MISSING:
+    own, shared = (parser.add_argument_group(f"flags of {whose}") for whose in (parser.prog, "every method"))
+    kinds, flags = typing.get_type_hints(args_class), []
+    for field in fields:
+        kind, text = kinds[field.name], comments.get(field.name, "").replace("%", "%%")
+        if field.name in positional:
             parser.add_argument(field.name, type=kind, help=text)
             continue
-        options: dict[str, Any] = {"type": kind}
+        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options = {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
-        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{field.default}]"}
-        parser.add_argument(flag_of(field.name), **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    if "data_dir" in given and "dataset" not in given:
-        given["dataset"] = "folder"
+            number = typing.get_args(kind)[0]
+            options = {"type": number, "nargs": len(field.default), "metavar": number.__name__.upper()}
+        default = recipe.get(field.name, field.default)
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default == "" else default
+        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        group = shared if hasattr(args_class.__base__, field.name) else own
+        flags += group.add_argument(flag_of(field.name), **options).option_strings
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        refuse(f"unrecognized arguments: {' '.join(unknown)}{suggestion(unknown, flags)} (see --help)")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(found).items()}
     recipe = (recipes or {}).get(given.get("recipe", "quick"), {})
+    if "data_dir" in given and "dataset" not in given:
+        kept = getattr(torchvision.datasets, recipe.get("dataset", "").upper(), None)
+        if not (kept and Path(given["data_dir"], kept.base_folder).is_dir()):
+            given["dataset"] = "folder"
     return args_class(**{**recipe, **given})
+
+
+def suggestion(unknown: list[str], flags: list[str]) -> str:
+    """For words that are no flags: the flag that ends like the first of them, or that is spelled most like it."""
+    word = next((word for word in unknown if word.startswith("-")), "").split("=")[0].lstrip("-").replace("_", "-")
+    near = [flag for flag in flags if flag.endswith("-" + word)] or difflib.get_close_matches("--" + word, flags, 1)
+    return f"; did you mean {near[0]}?" if word and near else ""
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_least(args, least: float, *names: str) -> None:
-    """Refuse a flag of these that is under `least`, or not a number."""
+def check_least(args, least: float, *names: str, most: float = math.inf) -> None:
+    """Refuse a flag of these that is under `least`, above `most`, or not a number."""
+    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
     for name in names:
-        if not getattr(args, name) >= least:
-            refuse(f"{flag_of(name)} must be at least {least}, not {getattr(args, name)}")
+        if not least <= getattr(args, name) <= most:
+            refuse(f"{flag_of(name)} must be {limits}, not {getattr(args, name)}")
+
+
+def check_widths(args, *names: str) -> None:
+    """Refuse a flag of these that is no width of a layer: one layer of the largest widths has four gigabytes."""
+    check_least(args, 1, *names, most=2**15)
 
 
 def check_positive(args, *names: str) -> None:
@@ -161,18 +228,27 @@ def check_positive(args, *names: str) -> None:
 
 def check_flags(args: Flags) -> None:
     """Refuse impossible values of the flags that all methods share."""
-    check_least(args, 1, "epochs", "image_size", "log_every", "eval_every", "save_every")
-    check_least(args, 0, "batch_size", "max_steps", "train_limit", "workers", "seed")
+    check_shared(args)
+    check_least(args, 1, "epochs", "log_every", "eval_every", "save_every")
+    check_least(args, 0, "batch_size", "max_steps", "train_limit", "seed")
     check_least(args, 0, "warmup_epochs", "base_lr", "weight_decay")
     if args.dataset == "patterns" and args.data_dir:
         refuse("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
-    check_shared(args)
-    if min(args.std) <= 0:
-        refuse("--std must be positive")
+    if min(args.std) < 1e-6:
+        refuse(f"--std must be at least 1e-6, not {min(args.std)}")
 
 
 def check_shared(args) -> None:
-    """Refuse impossible values of flags that evaluate.py has, too."""
+    """Refuse impossible values of flags that evaluate.py has, too, and numbers that no flag can have."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(f"{flag_of(field.name)} must be finite, not {number}")
+            if isinstance(number, int | float) and abs(number) > 1e18:  # float32 holds the square
+                refuse(f"{flag_of(field.name)} must be between -1e18 and 1e18, not {number}")
+    check_least(args, 0, "image_size", most=4096)  # pixels; 64 such views have twelve gigabytes
+    check_least(args, 0, "workers", most=256)
     if args.dataset == "folder" and not args.data_dir:
         refuse("--dataset folder needs --data-dir")
     if not 0 <= args.crop_min_scale <= 1:
@@ -186,7 +262,6 @@ def check_shared(args) -> None:
 # A run may be continued with other values of these flags (of --epochs, with a larger one: it stretches the schedule).
 FREE_FLAGS = {"epochs", "max_steps", "workers", "log_every", "eval_every", "save_every"}
 FREE_FLAGS |= {"run_dir", "data_dir", "overwrite", "tensorboard"}
-EVALUATION_FILES = ("results.jsonl", "finetuned.pt", "labels-*.json", "tsne.png", "diagnose.*", "events.out.tfevents.*")
 RUN_FILES = ("args.json", "metrics.jsonl", "checkpoint.pt", "checkpoint.previous.pt", "encoder.pt", "heads.pt")
 BANK_LIMIT = 50_000  # the online kNN compares with at most this many training images
 
@@ -203,14 +278,14 @@ class Run:
         self.compute, self.scaler = compute_in(args.precision, start_processes())
         self.device, self.dtype, self.autocast = self.compute
         self.train, self.test = load_data(args.dataset, args.data_dir, args.train_limit, self.device)
-        batch_size = fit_batch_size(args, len(self.train))
-        self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size)
+        batch_size, image_size = fit_batch_size(args, len(self.train)), args.image_size or usual_view(self.train)
+        self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size, image_size=image_size)
         torch.manual_seed(args.seed)
         self.steps_per_epoch = len(self.train) // batch_size
         self.total_steps = args.epochs * self.steps_per_epoch  # of the schedule
         self.warmup_steps = round(args.warmup_epochs * self.steps_per_epoch)
         self.first_step, self.last_step = 0, min(self.total_steps, args.max_steps or self.total_steps)
-        self.folder = RunFolder(args, self.train.found or len(self.train))
+        self.folder = RunFolder(method, args, self.train.whole)
         self.log = Log(args, self.steps_per_epoch, self.last_step)
         self.judge = Judge(args.image_size, args.mean, args.std, self.compute, args.workers)
         labelled = (self.train.labels >= 0).nonzero()[:, 0]
@@ -338,23 +413,26 @@ def clock(seconds: float) -> str:
 
 def say(message: str) -> None:  # on the console, from rank 0
     if rank_and_world()[0] == 0:
-        print(message, flush=True)
+        tell(message, "stdout")
 
 
 def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]) -> str:
-    """runs/<method>, then every flag that differs from its recipe's value and changes the result."""
+    """runs/<method>, then every flag that differs from its recipe's value and changes the result; a slash is %2F."""
+    args = dataclasses.replace(args, data_dir=args.data_dir and os.path.normpath(args.data_dir))
     usual = dataclasses.asdict(type(args)(**recipes[args.recipe])) | {"recipe": "quick"}
     if args.data_dir and args.dataset == "folder":
         usual["dataset"] = "folder"  # --data-dir says it
     unnamed = FREE_FLAGS - {"epochs", "max_steps", "data_dir"}
     named = {k: v for k, v in dataclasses.asdict(args).items() if v != usual[k] and k not in unnamed}
     parts = [f"{k}={'_'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in named.items()]
-    return str(Path("runs", "-".join([method, *parts]).replace(os.sep, "_")))
+    return str(Path("runs", "-".join([method, *parts]).replace("%", "%25").replace(os.sep, "%2F")))
 
 
 def fit_batch_size(args: Flags, images: int) -> int:
     """`--batch-size`, which is global. The default shrinks to a power of two that fits; another must fit."""
     world, most = rank_and_world()[1], 2 ** int(math.log2(images))
+    if images < 2 * world:
+        refuse(f"--data-dir holds {images} training images; at least {2 * world} are needed, two for every process")
     size = min(args.batch_size, most) if args.batch_size == type(args).batch_size else args.batch_size
     if size > images:
         refuse(f"--batch-size {size} is larger than the {images} training images; use {most}")
@@ -365,16 +443,26 @@ def fit_batch_size(args: Flags, images: int) -> int:
     return size
 
 
+def usual_view(data: "Data") -> int:
+    """The side of the views where `--image-size` does not say it: 32, or 64 or 96 for images that are not smaller."""
+    side = int(np.median([min(size) for size in data.sizes()]))
+    size = max(size for size in (32, 64, 96) if size <= max(32, side))
+    if side >= 96:
+        say(f"images of about {side} pixels are seen at {size}; larger views: --image-size, --arch, --batch-size")
+    return size
+
+
 class RunFolder:
     """What a run leaves behind: args.json, checkpoint.pt, encoder.pt, heads.pt. Signals ask it to save once more.
-    `images` are all that the dataset holds: a checkpoint is continued on as many only.
+    `dataset` says what the images are (`Data.whole`): a checkpoint is continued on the same ones only.
     """
 
-    def __init__(self, args: Flags, images: int):
-        self.args, self.images, self.path, self.signal, self.handlers = args, images, Path(args.run_dir), 0, {}
+    def __init__(self, method: str, args: Flags, dataset: dict[str, Any]):
+        self.method, self.args, self.dataset, self.path = method, args, dataset, Path(args.run_dir)
+        self.signal, self.handlers, self.saved_step, self.lock = 0, {}, 0, None
 
     def open(self) -> None:
-        """Make the folder, or refuse one that holds a run with other flags. From here on, signals are kept."""
+        """Make and lock the folder, or refuse one that holds another run. From here on, signals are kept."""
         on_rank_0(self._write_flags)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -386,30 +474,74 @@ class RunFolder:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _write_flags(self) -> None:
-        mine, file = json.loads(json.dumps(dataclasses.asdict(self.args))), self.path / "args.json"
+        mine, file = {"method": self.method, **dataclasses.asdict(self.args)}, self.path / "args.json"
+        mine = json.loads(json.dumps(mine))
+        overwrite = self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
         try:
-            if self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
-                for name in (*EVALUATION_FILES, *reversed(RUN_FILES)):  # the flags go last
-                    for old in self.path.glob(name):
-                        old.unlink()
+            there = {entry.name for entry in self.path.iterdir()} - {"lock"} if self.path.is_dir() else set()
+            if overwrite and there and file.name not in there:
+                refuse(f"--overwrite: {self.path} holds no run, so nothing in it was deleted; take another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
-            if file.exists():
-                old = json.loads(file.read_text())
-                if changed := [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]:
-                    was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
-                    refuse(f"{self.path} holds another run: {was}; take another --run-dir, or --overwrite it")
-                if mine["epochs"] < old["epochs"]:
-                    refuse(f"{self.path} was begun with --epochs {old['epochs']}; take as many or more to continue it")
+            self._take_lock()
+            for name in there:
+                if name.startswith(RUN_FILES) and name.endswith(".tmp"):  # of a run that was killed while it saved
+                    (self.path / name).unlink()
+            if file.exists() and overwrite:
+                self._delete_run(read_flags(file))
+            elif file.exists():
+                self._compare(read_flags(file), mine)
             atomic_save(file, json.dumps(mine, indent=1).encode())
-        except (OSError, ValueError) as error:
+        except OSError as error:
             refuse(f"--run-dir {self.path} cannot be used: {error}")
+
+    def _take_lock(self) -> None:
+        """Keep other runs out until this process ends, however it does: the kernel lets go of the lock then.
+
+        `lockf` and not `flock`: its locks are not inherited by loader workers, which outlive a killed run by seconds.
+        """
+        self.lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            refuse(f"{self.path} is in use by another run; wait for its end, or take another --run-dir")
+        except OSError as error:  # some network file systems have no locks
+            warn(f"{self.path} cannot be locked ({error}): see to it that no other run uses it")
+
+    def _delete_run(self, old: dict[str, Any]) -> None:
+        """What the run with the flags `old` wrote, and evaluate.py about it, and nothing else; the flags go last."""
+        events, results = [], self.path / "results.jsonl"
+        if old.get("tensorboard"):
+            events = [file.name for file in self.path.glob("events.out.tfevents.*")]
+        lines = read_records(results, results.read_bytes()) if results.exists() else []
+        evaluations = [name for line in lines for name in line.get("files", [])]
+        for name in (*evaluations, results.name, *events, *reversed(RUN_FILES)):
+            (self.path / Path(name).name).unlink(missing_ok=True)
+
+    def _compare(self, old: dict[str, Any], mine: dict[str, Any]) -> None:
+        """Refuse to go on with a run of another method, of other flags, or, where these come from the data, on it."""
+        other = "take another --run-dir, or --overwrite it"
+        if old.get("method") != self.method:
+            refuse(f"{self.path} holds a run of {old.get('method', 'another version')}, not of {self.method}; {other}")
+        changed = [name for name in mine if name not in FREE_FLAGS and old.get(name) != mine[name]]
+        if {"batch_size", "image_size"} & set(changed):
+            self._read_checkpoint()  # where the default followed the images, it is they that have changed
+        if changed:
+            was = ", ".join(f"{flag_of(n)} was {old.get(n)} and is now {mine[n]}" for n in changed)
+            refuse(f"{self.path} holds another run: {was}; {other}")
+        if mine["epochs"] < old["epochs"]:
+            refuse(f"{self.path} was begun with --epochs {old['epochs']}; take as many or more to continue it")
 
     def restore(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """Load the checkpoint, if there is one, into the objects of `state`; all that it holds, or None."""
         saved = on_rank_0(self._read_checkpoint)  # only rank 0's disk need hold the folder
-        for name, thing in state.items() if saved else ():
-            if saved[name]:  # a scaler that was not in use has no state
-                thing.load_state_dict(saved[name])
+        try:
+            for name, thing in state.items() if saved else ():
+                if saved[name]:  # a scaler that was not in use has no state
+                    thing.load_state_dict(saved[name])
+        except Exception as error:  # what is saved in another form can raise almost anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            refuse(f"the checkpoint in {self.path} does not fit this version of the code ({reason}); --overwrite it")
+        self.saved_step = saved["step"] if saved else 0
         return saved
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
@@ -418,12 +550,18 @@ class RunFolder:
         for file in files:
             try:
                 saved = torch.load(file, map_location="cpu", weights_only=True)
-            except Exception as error:  # a damaged file can raise almost anything
+                was, _, _ = saved["dataset"], saved["step"], saved["log_bytes"]
+            except Exception as error:  # a damaged or foreign file can raise almost anything
                 warn(f"{file} cannot be read ({type(error).__name__})")
                 continue
-            if saved["images"] != self.images:
-                counts = f"is of {saved['images']} images and --data-dir now holds {self.images}"
-                refuse(f"{self.path} {counts}; take another --run-dir, or --overwrite it")
+            if was != self.dataset:
+                now = self.dataset
+                changed = [name for name in ("images", "classes", "file names") if was.get(name) != now.get(name)]
+                kept = (
+                    f"{was['images']} images" if "images" in changed else f"images with other {' and '.join(changed)}"
+                )
+                holds = f"--data-dir now holds {now['images']}"
+                refuse(f"{self.path} is of {kept}, and {holds}; take another --run-dir, or --overwrite it")
             return saved
         if files:
             refuse(f"no checkpoint in {self.path} can be read; --overwrite starts the run anew")
@@ -439,23 +577,66 @@ class RunFolder:
         inside = tuple(name + "." for name, module in model.named_modules() if module is encoder)
         heads = {name: w.cpu() for name, w in model.state_dict().items() if not name.startswith(inside)}
         checkpoint = {name: thing.state_dict() for name, thing in state.items()}
-        checkpoint |= {"step": step, "images": self.images, "log_bytes": log_bytes}
+        checkpoint |= {"step": step, "dataset": self.dataset, "log_bytes": log_bytes}
         try:
             # The checkpoint comes last: a run killed in between takes these steps again and writes all three.
             atomic_save(self.path / "encoder.pt", {name: w.cpu() for name, w in encoder.state_dict().items()})
             atomic_save(self.path / "heads.pt", heads)
             atomic_save(self.path / "checkpoint.pt", checkpoint, keep_as=self.path / "checkpoint.previous.pt")
         except (OSError, RuntimeError) as error:
-            abort(f"step {step}: cannot save to {self.path} ({error}); the checkpoint before it is intact")
+            kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+            abort(f"step {step}: cannot save a checkpoint in {self.path} ({error}); {kept}")
+        self.saved_step = step
 
     def close(self) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+        if self.lock is not None:
+            os.close(self.lock)
+
+
+def read_flags(file: Path, required: bool = True) -> dict[str, Any]:
+    """The flags of the run whose args.json `file` is. Another file, or a damaged one, is refused; if it is not
+    `required`, it is ignored with a warning, and the result is empty.
+    """
+    try:
+        flags = json.loads(file.read_bytes())
+        size, epochs, mean, std = (flags[name] for name in ("image_size", "epochs", "mean", "std"))
+        known = flags["dataset"] in typing.get_args(typing.get_type_hints(Flags)["dataset"])
+        known = known and isinstance(flags["data_dir"], str) and type(size) is type(epochs) is int and size > 0
+        if known and len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, [*mean, *std])):
+            return flags
+        fault = "values that no run has"
+    except KeyError as error:
+        fault = f"no {error}"
+    except Exception as error:  # what is not ours can hold anything
+        fault = str(error)
+    if required:
+        refuse(f"{file} does not hold the flags of a run ({fault}); restore it, or take another folder")
+    warn(f"{file} does not hold the flags of a run and is ignored ({fault})")
+    return {}
+
+
+def read_records(file: Path, content: bytes) -> list[dict[str, Any]]:
+    """The JSON objects in the `content` of a file, one per line; a line that is none is refused."""
+    records = []
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            refuse(f"{file}: line {number} is not of a run; restore the file, or --overwrite the run")
+        records.append(record)
+    return records
 
 
 def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | None = None) -> None:
-    """Replace `file` in one step, by bytes or by a dict as `torch.save` writes it; the old may stay as `keep_as`."""
-    temporary = file.with_name(file.name + ".tmp")
+    """Replace `file` in one step, by bytes or by a dict as `torch.save` writes it; the old may stay as `keep_as`.
+
+    Two processes may write the same file: each has a temporary one of its own. An OSError says why it failed.
+    """
+    temporary = file.with_name(f"{file.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as handle:
             if isinstance(content, bytes):
@@ -467,8 +648,10 @@ def atomic_save(file: Path, content: bytes | dict[str, Any], keep_as: Path | Non
         if keep_as and file.exists():
             os.replace(file, keep_as)
         os.replace(temporary, file)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind an error of its own
+            raise error.__context__ from None
         raise
 
 
@@ -493,8 +676,8 @@ class Log:
         content = self.file.read_bytes()[:size] if self.file.exists() else b""
         content = content[: content.rfind(b"\n") + 1]  # whole lines, even if the disk lost some
         atomic_save(self.file, content)
-        for line in content.splitlines():
-            self.latest |= json.loads(line)
+        for record in read_records(self.file, content):
+            self.latest |= record
         if self.args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -546,7 +729,8 @@ class Log:
             row = dict(zip(names[0], row, strict=True))
             broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
             if broken:
-                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
+                fix = "lower --base-lr" if step > 1 else "no step was taken before: look at the flags and the images"
+                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; {fix}")
         return row
 
     @contextlib.contextmanager
@@ -597,6 +781,8 @@ class Judge:
             with self.compute.autocast:
                 pieces.append(net(normalize(x, self.mean, self.std)).float())  # n×d
         net.train(was_training)
+        if data.pixels is None:
+            data.labels = all_gather(data.labels[rows])[: len(data)]  # decoding may have changed some
         return all_gather(torch.cat(pieces))[: len(data)]
 
     def knn_top1(self, net: nn.Module, train: "Data", test: "Data") -> float:
@@ -622,6 +808,8 @@ def start_processes() -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            refuse(f"WORLD_SIZE is set but {missing[0]} is not: start with torchrun, or unset WORLD_SIZE")
         first, own_store = os.environ["RANK"] == "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
         if first and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(own_store) != "1":
             warn(f"--max-restarts: set {own_store}=1, or restarted processes may call at dead ones' addresses and hang")
@@ -773,7 +961,7 @@ class Data:
     files: np.ndarray | None  # (N,) paths as bytes: an array, so that workers share it without copying
     labels: Tensor  # (N,) int64, -1 where unknown
     classes: list[str]
-    found: int = 0  # images there were before `subset` chose among them; 0: it did not
+    whole: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `load_data` says of all images there are
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
 
     def __len__(self) -> int:
@@ -782,7 +970,15 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes, self.found or len(self))
+        return Data(pixels, files, self.labels[index], self.classes, self.whole)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of about a hundred images."""
+        if self.pixels is not None:
+            return [(self.pixels.shape[3], self.pixels.shape[2])]
+        found = [read_or_next(self.files, i, upright_size) for i in range(0, len(self), max(1, len(self) // 100))]
+        count_bad(self, [error for _, _, errors in found for error in errors], every_rank=False)
+        return [size for size, _, _ in found]
 
 
 class Crop(NamedTuple):
@@ -803,6 +999,12 @@ def load_data(dataset: str, data_dir: str, train_limit: int, device: torch.devic
         train, test = patterns("train", 5000), patterns("test", 1000)
     else:
         train, test = load_torchvision(dataset, root)
+    for data in (train, test):
+        if data:
+            data.whole |= {"images": len(data), "classes": list(data.classes)}
+    marks = all_gather(torch.tensor([zlib.crc32(repr((train.whole, test and test.whole)).encode())]))
+    if (other := marks != marks[0]).any():
+        refuse(f"--data-dir {root} is not the same on rank {int(other.int().argmax())} as on rank 0: copy it anew")
     if train_limit and train_limit < len(train):
         chosen = np.random.default_rng(0).permutation(len(train))[:train_limit]  # the same for every --seed
         train = train.subset(torch.from_numpy(np.sort(chosen)))
@@ -839,87 +1041,140 @@ def load_torchvision(name: str, root: Path) -> tuple[Data, Data]:
     return found[0], found[1]
 
 
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # names of folders
+
+
 def load_folder(root: Path) -> tuple[Data, Data | None]:
-    """`root/train/<class>/*`, `root/train/*`, `root/<class>/*` or `root/*`, and a labelled test split from `root/val`
-    or `root/test` if there is one. Equally sized images that fit into `RESIDENT_BYTES` are decoded once and kept.
+    """The training images below `root` and a labelled test split, or None. It says how it read the folder:
+
+    `train`, `val` (`valid`, `validation`) and `test`, in any case, directly below `root`, are splits. But `train` is a
+    class if it holds no folders and other folders of images lie beside it: CIFAR-100 has such a class. What lies beside
+    the split `train` is left out; without one, all that is not in `val` or `test` is for training. The folders on the
+    next level are the classes, if they are two or more; images beside them have no label. The test split is the first
+    of `val` and `test` that has class folders, all of them known. Equally sized images that fit into `RESIDENT_BYTES`
+    are decoded once and kept.
     """
     if not root.is_dir():
         refuse(f"--data-dir {root} is not a folder")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    files, folders = list_images(train_root, skip=("val", "test") if train_root == root else ())
-    if len(files) == 0:
-        refuse(f"--data-dir {root} holds no images")
-    classes = sorted(set(folders))
-    if len(classes) < 2 or "" in classes:  # images beside the folders, or all in one: nobody sorted them into classes
-        return decode_if_small(Data(None, files, torch.full((len(files),), -1), [])), None
-    number = {name: label for label, name in enumerate(classes)}
-    train = decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
+    files, places, left_out = list_images(root)
+    of_split: dict[str, list[int]] = {"": [], "train": [], "val": [], "test": []}
+    for i, place in enumerate(places):
+        of_split[SPLITS.get(place[0].lower(), "") if place else ""].append(i)
+    rows, beside = of_split["train"], of_split[""]
+    depth = 1 if rows and not (all(len(places[i]) == 1 for i in rows) and any(places[i] for i in beside)) else 0
+    if depth == 0:
+        rows = sorted(rows + beside)
+    elif beside:
+        left_out.append(f"{len(beside)} images beside the folder train, one is {os.fsdecode(files[beside[0]])}")
+    if not rows:
+        refuse(f"--data-dir {root} holds no training images" + f" ({'; '.join(left_out)})" * bool(left_out))
+
+    def load(rows: list[int], depth: int, classes: list[str]) -> Data:
+        number = {name: label for label, name in enumerate(classes)}
+        labels = [number.get(places[i][depth], -1) if len(places[i]) > depth else -1 for i in rows]
+        names = zlib.crc32(b"\0".join(file[len(os.fsencode(root)) :] for file in files[rows]))
+        return decode_if_small(Data(None, files[rows], torch.tensor(labels), classes, {"file names": names}))
+
+    classes = sorted({places[i][depth] for i in rows if len(places[i]) > depth})
+    classes = classes if len(classes) > 1 else []  # one folder around all of them says nothing
+    if classes and (stray := [i for i in rows if len(places[i]) == depth]):
+        warn(f"{len(stray)} training images have no label, for they lie in no class folder")
+    test, tested = [], "nothing"
     for split in ("val", "test"):
-        files, folders = list_images(root / split)
-        if unknown := set(folders) - {""} - set(classes):
-            warn(f"{root / split} is not used: it has a class {min(unknown)!r} that the training images have not")
-        elif len(files) and "" not in folders:
-            return train, decode_if_small(Data(None, files, torch.tensor([number[name] for name in folders]), classes))
-    return train, None
+        found = of_split[split]
+        inside = [i for i in found if len(places[i]) > 1]
+        if unknown := {places[i][1] for i in inside} - set(classes):
+            left_out.append(f"{split}, where {min(unknown)!r} is no class of the training images")
+        elif test and found:
+            left_out.append(f"{split}, as {tested} is there")
+        elif found:
+            test, tested = inside, split if inside else tested
+            if without := len(found) - len(inside):
+                left_out.append(f"{without} images in {split} that lie in no class folder")
+    if left_out:
+        warn(f"--data-dir {root}: left out {'; '.join(left_out)}")
+    say(f"{root} read as {'train/' * depth}{'<class>/' * bool(classes)}*, tested on {tested}")
+    return load(rows, depth, classes), load(test, 1, classes) if test else None
 
 
-def list_images(root: Path, skip: tuple[str, ...] = ()) -> tuple[np.ndarray, list[str]]:
-    """All images below `root`, sorted, and for each the folder of `root` that it lies in, "" if in none. Left out are
-    hidden ones, the folders `skip` of `root`, and links back to a folder above.
+def list_images(root: Path) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
+    """All images below `root`, sorted; for each the folders between them; and what was left out, but for hidden files.
+
+    Links are followed, but no folder is entered twice. A run's own folder is left out.
     """
-    files, folders = [], []
-    for parent, below, names in os.walk(root, followlinks=True):
-        here = Path(parent).resolve()
-        left_out = skip if parent == str(root) else ()
-        below[:] = [name for name in sorted(below) if not (name.startswith(".") or name in left_out)]
-        below[:] = [name for name in below if not here.is_relative_to((here / name).resolve())]
-        found = [Path(parent, name) for name in sorted(names) if not name.startswith(".")]
-        found = [os.fsencode(file) for file in found if file.suffix.lower() in IMAGE_SUFFIXES]
-        files += found
-        folders += ["".join(Path(parent).relative_to(root).parts[:1])] * len(found)
-    return np.array(files), folders
+    files, places, left_out, seen, others, runs = [], [], [], set(), Counter(), 0
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(f"{error.filename} ({error.strerror})")
+
+    for parent, below, names in os.walk(root, onerror=unreadable, followlinks=True):
+        status = os.stat(parent)
+        if again := (status.st_dev, status.st_ino) in seen:
+            left_out.append(f"{parent}, a link to a folder that was read already")
+        seen.add((status.st_dev, status.st_ino))
+        is_run = {"args.json", "metrics.jsonl"} <= set(names)
+        runs += is_run
+        below[:] = sorted(name for name in below if not (name.startswith(".") or again or is_run))
+        names = sorted(name for name in names if not (name.startswith(".") or again or is_run))
+        images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        others.update(Path(name).suffix.lower() or "other" for name in set(names) - set(images))
+        files += [os.fsencode(os.path.join(parent, name)) for name in images]
+        places += [Path(parent).relative_to(root).parts] * len(images)
+    left_out += [f"{count} {suffix} files" for suffix, count in others.most_common(5)]
+    left_out += [f"{runs} folders of runs"] * bool(runs)
+    return np.array(files, dtype=bytes), places, left_out
 
 
 def decode_if_small(data: Data) -> Data:
     """Decode the whole split into `pixels` if all images have one small size and fit into `RESIDENT_BYTES`."""
-    sizes = {read_or_next(data.files, i, upright_size)[0] for i in range(0, len(data), max(1, len(data) // 100))}
+    sizes = set(data.sizes())
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
     pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
 
-    def decode(index: int) -> bool:
-        image, errors = read_or_next(data.files, index, to_rgb)
-        count_bad(data, errors)
-        if image.size == size:
+    def decode(index: int) -> tuple[bool, int, list[tuple[str, str]]]:
+        image, used, errors = read_or_next(data.files, index, to_rgb)
+        if same := image is not None and image.size == size:
             pixels[index] = pil_to_tensor(image)
-        return image.size == size
+        return same, used, errors
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        same = all(pool.map(decode, range(len(data))))
-    return dataclasses.replace(data, pixels=pixels, files=None) if same else data
+    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode, range(len(data)))) as decoded:
+        for index, (same, used, errors) in enumerate(decoded):
+            count_bad(data, errors, every_rank=False)
+            data.labels[index] = data.labels[used]
+            if not same:
+                return data
+    return dataclasses.replace(data, pixels=pixels, files=None)
 
 
-def read_or_next(files: np.ndarray, index: int, read) -> tuple[Any, list[tuple[str, str]]]:
-    """`read` of the opened image at `index`; where that fails, of the next one that can be read. And the failures."""
+def read_or_next(files: np.ndarray, index: int, read: Callable) -> tuple[Any, int, list[tuple[str, str]]]:
+    """`read` of the opened image at `index`, or, where that fails, of the next one; which one it was; the failures.
+
+    It gives up, and the result is None, where so many fail that `count_bad` stops the run.
+    """
     errors = []
-    for offset in range(len(files)):
-        file = os.fsdecode(files[(index + offset) % len(files)])
+    for used in [(index + i) % len(files) for i in range(min(len(files), max(10, len(files) // 100) + 1))]:
+        file = os.fsdecode(files[used])
         try:
             with Image.open(file) as image:
-                return read(image), errors
+                return read(image), used, errors
         except Exception as error:  # a damaged file can raise almost anything
             errors.append((file, f"{type(error).__name__}: {error}".replace(f" {file!r}", "")))
-    refuse(f"none of the {len(files)} image files in --data-dir can be decoded, for example {file}")
+    return None, index, errors
 
 
-def count_bad(data: Data, errors: list[tuple[str, str]]) -> None:
-    """Warn once about each file that cannot be decoded; more than ten that are also more than 1 % stop the run."""
-    for file, error in errors:
-        if file not in data.bad:
-            warn(f"{file} cannot be decoded and is replaced by another image ({error})", every_rank=True)
-            data.bad[file] = error
-    if len(data.bad) > max(10, len(data) / 100):
-        refuse(f"--data-dir: {len(data.bad)} of {len(data)} files cannot be decoded, one is {file}; remove them", True)
+def count_bad(data: Data, errors: list[tuple[str, str]], every_rank: bool = True) -> None:
+    """Warn of the first ten files that cannot be decoded. More than ten that are also more than 1 % stop the run, and
+    so does it if there is no other file. `every_rank`: each rank decodes images of its own.
+    """
+    new = {file: error for file, error in errors if file not in data.bad}
+    data.bad |= new
+    if data.bad and (len(data.bad) > max(10, len(data) / 100) or len(data.bad) == len(data)):
+        file, error = next(iter(data.bad.items()))
+        example = f"{len(data.bad)} of {len(data)} files cannot be decoded, one is {file} ({error})"
+        refuse(f"--data-dir: {example}; mend or remove them", every_rank)
+    for file in list(data.bad)[len(data.bad) - len(new) : 10]:
+        warn(f"{file} cannot be decoded and is replaced by another image ({data.bad[file]})", every_rank)
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
@@ -970,7 +1225,7 @@ def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) 
 
 
 class ImageFiles(torch.utils.data.Dataset):
-    """For loader workers: (epoch, index) -> (the image's views, (3, size, size) uint8 each, and files that failed).
+    """For loader workers: (epoch, index) -> what `read_or_next` says, with views, (3, size, size) uint8 each.
 
     With a seed, a view is a random crop that belongs to (seed, epoch, image, view); without one, that of `centre_box`.
     """
@@ -978,7 +1233,7 @@ class ImageFiles(torch.utils.data.Dataset):
     def __init__(self, files: np.ndarray, crops: list[Crop], seed: int | None = None):
         self.files, self.crops, self.seed = files, crops, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], list[tuple[str, str]]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, list[tuple[str, str]]]:
         def read(image: Image.Image) -> list[Tensor]:
             width, height = upright_size(image)
             if self.seed is None:
@@ -990,22 +1245,32 @@ class ImageFiles(torch.utils.data.Dataset):
 
         return read_or_next(self.files, key[1], read)
 
-    def load(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[tuple[list[Tensor], list]]:
-        """For each list of keys, its views, (n, 3, size, size) uint8 each, and the files that failed."""
+    def load(self, keys: Iterable[list[tuple[int, int]]], workers: int) -> Iterator[tuple[list[Tensor], Tensor, list]]:
+        """For each list of keys: its views, (n, 3, size, size) uint8 each, none if that failed; which images they
+        are, (n,) int64; and the files that cannot be decoded.
+        """
+        if workers:
+            atexit.register(end_workers)
         pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
         options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
         return iter(torch.utils.data.DataLoader(self, batch_sampler=keys, **options))
 
 
-def collate(items: list[tuple[list[Tensor], list]]) -> tuple[list[Tensor], list]:
-    views = [torch.stack(view) for view in zip(*(views for views, _ in items), strict=True)]
-    return views, [error for _, errors in items for error in errors]
+def collate(items: list[tuple[list[Tensor] | None, int, list]]) -> tuple[list[Tensor], Tensor, list]:
+    views, used, errors = zip(*items, strict=True)
+    stacked = [] if None in views else [torch.stack(view) for view in zip(*views, strict=True)]
+    return stacked, torch.tensor(used), [error for some in errors for error in some]
 
 
 def keep_signals_to_the_main_process(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # torchrun and `timeout` send it to all of them
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def end_workers() -> None:  # at exit, for multiprocessing would send them SIGTERM, and wait
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def centre_box(height: int, width: int, size: int) -> list[int]:
@@ -1021,9 +1286,11 @@ def centred_views(data: Data, rows: Iterable[int], size: int, compute: Compute, 
     chunks, (device, dtype, _) = torch.as_tensor(rows).split(256), compute
     if data.pixels is None:
         keys = [[(0, index) for index in chunk.tolist()] for chunk in chunks]
-        for (views,), errors in ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers):
+        loaded = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers)
+        for chunk, (views, used, errors) in zip(chunks, loaded, strict=True):
             count_bad(data, errors)
-            yield views.to(device, non_blocking=True).to(dtype) / 255
+            data.labels[chunk] = data.labels[used]  # an image that replaces a bad one brings its label
+            yield views[0].to(device, non_blocking=True).to(dtype) / 255
     for chunk in chunks if data.pixels is not None else ():
         images = data.pixels[chunk.to(device)].to(dtype) / 255
         if images.shape[2:] != (size, size):
@@ -1146,32 +1413,59 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+        # DINO's files hold their flags, too. Whatever torch warns of is said below, in one line.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             state = torch.load(file, map_location="cpu", weights_only=True)
-        for container in ("state_dict", "model", "teacher"):
-            state = state[container] if isinstance(state.get(container), dict) else state
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
-    except FileNotFoundError:
-        refuse(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
-        refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+        if isinstance(error, OSError) and error.filename:  # it was not opened
+            refuse(f"{file} cannot be read: {error.strerror}")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(f"{file} carries code, which is not run: {code[1]}; save its tensors alone, as a state dict")
+        refuse(f"{file} is damaged, or not a file of weights as torch.save writes it")
+    for container in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(container), dict):
+            state = state[container]
+    entries = state.items() if isinstance(state, dict) else ()
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): weight for name, weight in entries}
     prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
-        refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+        refuse(f"{file} holds no ResNet: it has no entry conv1.weight, alone or behind a prefix known here")
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    for name, weight in ((name, state[name]) for name, match in trunk.items() if match):
+        dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+        if not dense or not (weight.is_floating_point() or name.endswith("num_batches_tracked")):
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
+        tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}
+
+
+def misfits(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into `net`: one sentence per entry. Old files do not count batches."""
+    wanted, given = ({name: list(w.shape) for name, w in weights.items()} for weights in (net.state_dict(), state))
+    found = []
+    for name in {**wanted, **given}:
+        if name not in wanted:
+            found.append(f"{name} has no place")
+        elif name in given and given[name] != wanted[name]:
+            found.append(f"{name} has shape {given[name]} in place of {wanted[name]}")
+        elif name not in given and not name.endswith("num_batches_tracked"):
+            found.append(f"{name} is missing")
+    return found
 
 
 def load_encoder(net: nn.Module, path: str) -> None:
     """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
-    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
-    try:
-        net.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+    file = Path(path, "encoder.pt") if os.path.isdir(path) else Path(path)
+    state = read_weights(file)
+    if faults := misfits(net, state):
+        refuse(f"--init {file} does not fit --arch and --stem: {faults[0]}")
+    net.load_state_dict(state)
+    if broken := [name for name, weight in net.state_dict().items() if not weight.isfinite().all()]:
+        refuse(f"--init {file}: {broken[0]} is not finite")
 
 
 class LARS(torch.optim.Optimizer):
@@ -1293,8 +1587,9 @@ def batches(
             images = data.pixels[index[rows].to(device, non_blocking=True)].to(dtype) / 255
             xs = [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)]
         else:
-            views, errors = next(loaded)
+            views, used, errors = next(loaded)
             count_bad(data, errors)
+            index = all_gather(used)  # a bad image is replaced by another, with its label
             xs = [view.to(device, non_blocking=True).to(dtype) / 255 for view in views]
         yield Batch([View(x, d) for x, d in zip(xs, draws, strict=True)], index, data.labels[index])
 

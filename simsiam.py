@@ -48,6 +48,7 @@ from common import (
     backbone,
     check_least,
     check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -96,6 +97,7 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
+    check_widths(args, "projector_dim")
     check_least(args, 4, "projector_dim")  # the bottleneck is a quarter of it
     check_least(args, 0, "std_coeff", "cov_coeff")
     check_positive(args, "predictor_lr_factor")

@@ -40,6 +40,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -84,7 +85,7 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    check_least(args, 1, "expander_hidden", "expander_dim")
+    check_widths(args, "expander_hidden", "expander_dim")
     check_least(args, 0, "sim_coeff", "std_coeff", "cov_coeff")
 
 

@@ -130,7 +130,7 @@ def test_the_first_lines_tell_on_what_where_and_how_long(tmp_path, monkeypatch, 
     monkeypatch.setattr(module("vicreg"), "backbone", narrow)
     for most, told in ((0, ""), (5, "; --max-steps ends the run after 5"), (500, "")):
         module("vicreg").main(tiny("vicreg", tmp_path / str(most), max_steps=most))
-        images, batch, steps, folder, *_ = capsys.readouterr().out.splitlines()
+        _, images, batch, steps, folder, *_ = capsys.readouterr().out.splitlines()
         assert images.endswith(f"folder {small_folder()}: 64 in memory, of 4 classes; 40 to test on")
         assert batch.startswith("batch    16 on CPU, 1 thread;" if not torch.cuda.is_available() else "batch    16 on")
         assert steps == f"steps    12 = 3 epochs of 4{told}"

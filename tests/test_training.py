@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -58,7 +59,7 @@ def finished(request, trained) -> tuple[str, Path, dict[str, float]]:
 
 def test_a_run_leaves_its_flags_metrics_checkpoint_and_weights(finished):
     method, folder, last = finished
-    assert {f.name for f in folder.iterdir()} == set(common.RUN_FILES)
+    assert {f.name for f in folder.iterdir()} == {*common.RUN_FILES, "lock"}
     lines = metrics(folder)
     steps = [line for line in lines if "loss" in line]
     scores = [line for line in lines if "knn_top1" in line]
@@ -104,7 +105,9 @@ def test_help_explains_every_flag(method, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert end.value.code == 0
     for field in dataclasses.fields(args):
-        explained = rf"^  {common.flag_of(field.name)}\b[^\[\n]*\s\s+[^\s\[].* {re.escape(f'[{field.default}]')}$"
+        default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        default = "none" if default == "" else default
+        explained = rf"^  {common.flag_of(field.name)}\b[^\[\n]*\s\s+[^\s\[].* {re.escape(f'[{default}]')}$"
         assert re.search(explained, told, re.M), field.name
 
 
@@ -123,7 +126,7 @@ def test_the_run_folder_is_named_after_what_changes_the_result(tmp_path, monkeyp
     assert name("--batch-size 1024") == "runs/vicreg-batch_size=1024"
     assert name("--log-every 1 --workers 0 --eval-every 9") == "runs/vicreg"
     assert name("--recipe cifar --epochs 3") == "runs/vicreg-recipe=cifar-epochs=3"
-    assert name("--data-dir /a/b") == "runs/vicreg-data_dir=_a_b"
+    assert name("--data-dir /a/b") == "runs/vicreg-data_dir=%2Fa%2Fb"
     assert name("--run-dir x --seed 4") == "x"
 
 
@@ -312,12 +315,14 @@ def test_other_flags_are_refused_and_overwrite_starts_anew(tmp_path, capsys):
             vicreg.main(tiny("vicreg", tmp_path, **flags))
         said = capsys.readouterr().err
         assert end.value.code == 2 and named in said and said.count("\n") == 1
-    of_the_old_run, foreign = ("finetuned.pt", "results.jsonl", "labels-images-0.1-seed0.json"), tmp_path / "notes.txt"
-    for file in (*(tmp_path / name for name in of_the_old_run), foreign):
-        file.write_text("")
+    of_the_old_run, foreign = ("finetuned.pt", "labels-a-0.1-seed0.json"), ("labels-mine.json", "diagnose.txt")
+    for name in (*of_the_old_run, *foreign):
+        (tmp_path / name).write_text("")
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps({"files": [name]}) + "\n" for name in of_the_old_run))
     vicreg.main(tiny("vicreg", tmp_path, max_steps=2, base_lr=9.0, overwrite=True))
     assert "continuing" not in capsys.readouterr().out
-    assert foreign.exists() and not any((tmp_path / name).exists() for name in of_the_old_run)
+    assert all((tmp_path / name).exists() for name in foreign)
+    assert not any((tmp_path / name).exists() for name in (*of_the_old_run, "results.jsonl"))
     vicreg.main(tiny("vicreg", tmp_path, epochs=4, base_lr=9.0, max_steps=3))
     assert "continuing after step 2 of 3" in capsys.readouterr().out
 
@@ -353,7 +358,8 @@ def test_a_run_without_loss_scaling_continues_with_it(tmp_path):
     """Begun on a processor that needs none, continued on one that computes in fp16."""
     args = tiny("vicreg", tmp_path, max_steps=2)
     module("vicreg").main(args)
-    saved = common.RunFolder(args, images=64).restore({"scaler": torch.amp.GradScaler("cpu")})
+    dataset = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["dataset"]
+    saved = common.RunFolder("vicreg", args, dataset).restore({"scaler": torch.amp.GradScaler("cpu")})
     assert saved["step"] == 2
 
 
@@ -428,7 +434,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(tmp_path):
-    folder = common.RunFolder(tiny("vicreg", tmp_path), images=64)
+    folder = common.RunFolder("vicreg", tiny("vicreg", tmp_path), {})
     folder.open()
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -500,13 +506,22 @@ def poisoned(folder: Path):
     return tiny("vicreg", folder)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_ends_the_run_in_one_line(tmp_path, capsys):
-    (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as end:
-        module("vicreg").main(tiny("vicreg", tmp_path))
+@pytest.mark.parametrize("saved, told", [(0, "there is none before it"), (4, "the one of step 4 is intact")])
+def test_a_full_disk_ends_the_run_in_one_line_that_says_what_is_there(tmp_path, capsys, saved, told):
+    """No file may grow beyond a megabyte: the system answers as a full disk does."""
+    if saved:
+        module("vicreg").main(tiny("vicreg", tmp_path, max_steps=saved))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limit[1]))
+    try:
+        with pytest.raises(SystemExit) as end:
+            module("vicreg").main(tiny("vicreg", tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     said = capsys.readouterr().err
-    assert end.value.code == 1 and "cannot save" in said and "the checkpoint before it is intact" in said
+    assert end.value.code == 1 and said.count("\n") == 1 and "inline_container" not in said
+    assert "File too large" in said and told in said
+    assert not list(tmp_path.glob("*.tmp")), "nothing is left half written"
 
 
 # ---------------------------------------------------------------------------------------------------- wrong use
