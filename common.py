@@ -1831,5 +1831,5 @@ def signs_of_collapse(z: Tensor, embedding_std: float, effective_rank: float) ->
     if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
         signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
     if scale < 1e-3:
-        signs["scale"] = f"the embeddings shrink to one point: std {scale:.2g} before normalisation"
+        signs["scale"] = f"the embeddings shrink to one point: unnormalised std {scale:.2g}"
     return signs

@@ -386,7 +386,7 @@ def test_images_per_second_and_time_left_do_not_count_evaluation(tmp_path, monke
             now[0] += 1000
     log.close()
     assert [line["images_per_s"] for line in metrics(tmp_path)] == [pytest.approx(16 / 5)] * 2
-    first, second = (line for line in capsys.readouterr().out.splitlines() if line.at_step(line))
+    first, second = (line for line in capsys.readouterr().out.splitlines() if at_step(line))
     assert at_step(first) == 2 and first.split()[-2:] == ["3", "0:00:50"]
     assert at_step(second) == 4 and second.split()[-2:] == ["3", "0:00:40"]
 
