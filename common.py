@@ -15,6 +15,7 @@ Copy what you need: README.md lists what each piece needs.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import fcntl
@@ -22,6 +23,7 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -346,9 +348,7 @@ def usual_view(data: "Data") -> int:
     side = int(np.median([min(size) for size in data.sizes()]))
     size = max(size for size in (32, 64, 96) if size <= max(32, side))
     if side >= 96:
-        say(
-            f"images of about {side} pixels are seen at {size}: --image-size, --arch and --batch-size take more of them"
-        )
+        say(f"images of about {side} pixels are seen at {size}; larger views: --image-size, --arch, --batch-size")
     return size
 
 
@@ -378,16 +378,17 @@ class RunFolder:
         mine = json.loads(json.dumps(mine))
         overwrite = self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
         try:
-            if overwrite and self.path.is_dir() and any(self.path.iterdir()) and not file.exists():
+            there = {entry.name for entry in self.path.iterdir()} - {"lock"} if self.path.is_dir() else set()
+            if overwrite and there and file.name not in there:
                 refuse(f"--overwrite: {self.path} holds no run, so nothing in it was deleted; take another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            for left in self.path.glob("*.tmp"):  # by a run that was killed while it saved
-                if left.name.startswith(RUN_FILES):
-                    left.unlink()
+            for name in there:
+                if name.startswith(RUN_FILES) and name.endswith(".tmp"):  # of a run that was killed while it saved
+                    (self.path / name).unlink()
             if file.exists() and overwrite:
                 self._delete_run(read_flags(file))
-            if file.exists():
+            elif file.exists():
                 self._compare(read_flags(file), mine)
             atomic_save(file, json.dumps(mine, indent=1).encode())
         except OSError as error:
@@ -455,8 +456,10 @@ class RunFolder:
                 continue
             if was != self.dataset:
                 now = self.dataset
-                changed = next(key for key in ("images", "classes", "file names") if was.get(key) != now.get(key))
-                kept = f"{was[changed]} images" if changed == "images" else f"images with other {changed}"
+                changed = [name for name in ("images", "classes", "file names") if was.get(name) != now.get(name)]
+                kept = (
+                    f"{was['images']} images" if "images" in changed else f"images with other {' and '.join(changed)}"
+                )
                 holds = f"--data-dir now holds {now['images']}"
                 refuse(f"{self.path} is of {kept}, and {holds}; take another --run-dir, or --overwrite it")
             return saved
@@ -481,10 +484,8 @@ class RunFolder:
             atomic_save(self.path / "heads.pt", heads)
             atomic_save(self.path / "checkpoint.pt", checkpoint, keep_as=self.path / "checkpoint.previous.pt")
         except (OSError, RuntimeError) as error:
-            kept = (
-                f"the checkpoint of step {self.saved_step} is intact" if self.saved_step else "nothing was saved before"
-            )
-            abort(f"step {step}: cannot save to {self.path} ({error}); {kept}")
+            kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+            abort(f"step {step}: cannot save a checkpoint in {self.path} ({error}); {kept}")
         self.saved_step = step
 
     def close(self) -> None:
@@ -500,7 +501,7 @@ def read_flags(file: Path) -> dict[str, Any]:
         flags = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         refuse(f"{file} cannot be read ({error}); restore it, or take another folder")
-    if not isinstance(flags, dict) or not {"dataset", "data_dir", "image_size", "mean", "std"} <= flags.keys():
+    if not isinstance(flags, dict) or not {"dataset", "epochs", "image_size", "mean", "std"} <= flags.keys():
         refuse(f"{file} does not hold the flags of a run; take another folder")
     return flags
 
@@ -608,7 +609,8 @@ class Log:
             row = dict(zip(names[0], row, strict=True))
             broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
             if broken:
-                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
+                fix = "lower --base-lr" if step > 1 else "no step was taken before: look at the flags and the images"
+                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; {fix}")
         return row
 
     @contextlib.contextmanager
@@ -1127,6 +1129,8 @@ class ImageFiles(torch.utils.data.Dataset):
         """For each list of keys: its views, (n, 3, size, size) uint8 each, none if that failed; which images they
         are, (n,) int64; and the files that cannot be decoded.
         """
+        if workers:
+            atexit.register(end_workers)
         pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
         options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
         return iter(torch.utils.data.DataLoader(self, batch_sampler=keys, **options))
@@ -1141,6 +1145,12 @@ def collate(items: list[tuple[list[Tensor] | None, int, list]]) -> tuple[list[Te
 def keep_signals_to_the_main_process(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # torchrun and `timeout` send it to all of them
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:  # at exit, for multiprocessing would send them SIGTERM, and wait
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def centre_box(height: int, width: int, size: int) -> list[int]:

@@ -185,7 +185,7 @@ def bench_views(device: torch.device, target: float) -> None:
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
     pillow = usual_views(T, 32, [], [T.ToTensor()])
     tensor = usual_views(T2, 32, [T2.ToDtype(torch.float32, scale=True)], [])
-    args = vicreg.Args(batch_size=256, crop_min_scale=0.08, blur=True)
+    args = vicreg.Args(image_size=32, batch_size=256, crop_min_scale=0.08, blur=True)
     data.pixels = data.pixels.to(device)
     views = our_views(data, args, device)
 
@@ -285,7 +285,9 @@ def bench_step(device: torch.device, target: float, target_of_ceiling: float) ->
     processes of their own besides.
     """
     half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    args = vicreg.Args(arch="resnet18", batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True)
+    args = vicreg.Args(
+        arch="resnet18", image_size=32, batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True
+    )
     args.crop_min_scale = 0.08
     data = common.patterns("train", 2048)
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]

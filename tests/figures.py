@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def draw_views() -> None:
     """Eight images of patterns, and the two views of each before normalisation."""
-    args = vicreg.Args(batch_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    args = vicreg.Args(image_size=32, batch_size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     data = common.patterns("train", 8)
     compute, _ = common.compute_in("fp32", torch.device("cpu"))
     (batch,) = common.batches(data, vicreg.crops(args), range(1), args.batch_size, args.seed, compute)

@@ -109,7 +109,8 @@ def frozen_terms(folder: Path) -> dict[str, float]:
     (`train_covariance`, ...), means over batches. The network is the one in the run folder, in eval mode: BatchNorm
     uses its running statistics. Every call takes the same images and views.
     """
-    args = vicreg.Args(**json.loads((folder / "args.json").read_text()))
+    flags = json.loads((folder / "args.json").read_text())
+    args = vicreg.Args(**{name: value for name, value in flags.items() if name != "method"})
     model = vicreg.VICReg(args).eval()
     encoder, heads = (torch.load(folder / name) for name in ("encoder.pt", "heads.pt"))
     model.load_state_dict({f"backbone.{name}": weight for name, weight in encoder.items()} | heads)

@@ -7,12 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from methods import command, metrics, module, run, small_folder, tiny
+from methods import command, metrics, module, small_folder, tiny
 from PIL import Image
 from worlds import run_on
 
@@ -43,16 +42,25 @@ def copy(begun, tmp_path) -> Path:
 # ------------------------------------------------------------------------------------------------ one at a time
 
 
-def test_a_folder_in_use_is_refused_to_a_second_run_also_to_one_that_would_overwrite_it(tmp_path):
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """24 images of many sizes, which loader workers decode."""
+    root = tmp_path_factory.mktemp("mixed")
+    for i in range(24):
+        Image.effect_noise((20 + i, 24), 60).convert("RGB").save(root / f"{i}.jpg")
+    return root
+
+
+def test_a_folder_in_use_is_refused_to_a_second_run_also_to_one_that_would_overwrite_it(mixed, tmp_path):
     """The first is stopped in the middle of a run. Killed, it leaves no lock behind, although its workers live on."""
-    flags = {"epochs": 500, "eval_every": 500, "save_every": 500}
+    flags = {"data_dir": str(mixed), "batch_size": 8, "epochs": 500, "eval_every": 500, "save_every": 500, "workers": 1}
     first = subprocess.Popen(command("vicreg", tmp_path / "run", **flags), stdout=subprocess.PIPE, text=True)
     try:
         assert any("step 3/" in line for line in first.stdout)
         first.send_signal(signal.SIGSTOP)
         kept, before = (tmp_path / "run" / "args.json").read_text(), metrics(tmp_path / "run")
         for changed in ({}, {"overwrite": True, "base_lr": 1.0}):
-            assert "in use" in refused(tmp_path / "run", **{**flags, **changed})
+            assert "in use" in refused(tmp_path / "run", **flags, max_steps=1, **changed)
         assert (tmp_path / "run" / "args.json").read_text() == kept and metrics(tmp_path / "run") == before
     finally:
         first.kill()
@@ -86,35 +94,27 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(copy):
 # ------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory) -> Path:
-    """24 images of many sizes, which loader workers decode."""
-    root = tmp_path_factory.mktemp("mixed")
-    for i in range(24):
-        Image.effect_noise((20 + i, 24), 60).convert("RGB").save(root / f"{i}.jpg")
-    return root
-
-
-@pytest.mark.parametrize("sender", ["group", "timeout", "torchrun"])
-def test_sigterm_saves_although_it_reaches_the_loader_workers_too(sender, mixed, tmp_path):
+def test_sigterm_saves_although_it_reaches_the_loader_workers_too(mixed, tmp_path):
     """`timeout` and torchrun send it to every process of the run, and so do batch systems."""
     flags = {"data_dir": mixed, "batch_size": 8, "epochs": 5000, "save_every": 5000, "eval_every": 5000, "workers": 2}
-    line = command("vicreg", tmp_path, processes=2 if sender == "torchrun" else 1, **flags)
-    line = ["timeout", "1000", *line] if sender == "timeout" else line
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    for text in process.stdout:
-        if "step 3" in text or text.split()[:1] == ["1.0"] or (text.count("3/") and "step" not in text):
-            break
-    if sender == "group":
-        os.killpg(process.pid, signal.SIGTERM)
-    else:
-        process.send_signal(signal.SIGTERM)
+    alone, inside, both = (
+        command("vicreg", tmp_path / name, processes, **flags)
+        for name, processes in (("group", 1), ("timeout", 1), ("torchrun", 2))
+    )
+    lines = {"group": alone, "timeout": ["timeout", "1000", *inside], "torchrun": both}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    processes = {name: subprocess.Popen(line, **pipes) for name, line in lines.items()}
     try:
-        out, err = process.communicate(timeout=60)
+        for name, process in processes.items():
+            assert any("step 3/" in text for text in process.stdout)
+            (os.killpg if name == "group" else os.kill)(process.pid, signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+            step = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["step"]
+            assert step >= 3 and f"saved after step {step}" in out and "killed by signal" not in err
     finally:
-        process.kill()
-    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert step >= 3 and f"saved after step {step}" in out and "killed by signal" not in err
+        for process in processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------------------------- another run, other images
@@ -137,8 +137,8 @@ def test_fewer_images_are_named_where_the_default_batch_has_shrunk_with_them(tmp
     images = Path(shutil.copytree(small_folder(), tmp_path / "images"))
     flags = {"data_dir": str(images), "batch_size": module("vicreg").Args().batch_size}
     module("vicreg").main(tiny("vicreg", tmp_path / "run", max_steps=1, **flags))
-    for file in (images / "train" / "a").iterdir():
-        file.unlink()
+    shutil.rmtree(images / "train" / "a")
+    shutil.rmtree(images / "test")
     said = refused(tmp_path / "run", **flags)
     assert "64 images" in said and "48" in said and "--batch-size" not in said
 
@@ -226,6 +226,9 @@ def test_folders_have_names_of_their_own_and_a_slash_at_the_end_changes_none(mon
     assert name("p/q/") == name("p/q") == name("./p//q") and "/" not in name("p/q")[len("runs/") :]
 
 
-def test_a_world_size_without_torchrun_is_explained():
-    ended = run([sys.executable, *command("vicreg", Path("unused"))[1:]], WORLD_SIZE="2")
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1 and "torchrun" in ended.stderr
+def test_a_world_size_without_torchrun_is_explained(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        common.start_processes()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "torchrun" in said

@@ -502,7 +502,7 @@ def poisoned(folder: Path):
     return tiny("vicreg", folder)
 
 
-@pytest.mark.parametrize("saved, told", [(0, "nothing was saved before"), (4, "the checkpoint of step 4 is intact")])
+@pytest.mark.parametrize("saved, told", [(0, "there is none before it"), (4, "the one of step 4 is intact")])
 def test_a_full_disk_ends_the_run_in_one_line_that_says_what_is_there(tmp_path, capsys, saved, told):
     """No file may grow beyond a megabyte: the system answers as a full disk does."""
     if saved:
