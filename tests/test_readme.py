@@ -17,6 +17,7 @@ from methods import ROOT
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+SCRIPTS = [file for file in (*ROOT.glob("*.py"), *ROOT.glob("more/*.py")) if file.name != "common.py"]
 
 
 def prose(text: str) -> str:
@@ -29,8 +30,19 @@ def commands(text: str) -> list[list[str]]:
     blocks = [block for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S) if not language]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     lines += [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(text))]
-    run = re.compile(r"(?:srun )?(python -m .*|(?:python|torchrun) .*\.py\b.*|\S+\.py .*)")
-    return [shlex.split(found[1], comments=True) for line in lines if (found := run.match(line))]
+    return [words for line in lines if (words := command(line))]
+
+
+def usage(docstring: str) -> list[list[str]]:
+    """The same in the indented lines of a script's docstring, where two spaces set off what is no command."""
+    parts = [part for line in re.findall(r"^    (.*)", docstring, re.M) for part in re.split("  +", line)]
+    return [words for part in parts if (words := command(part))]
+
+
+def command(line: str) -> list[str]:
+    """The words of a line that runs Python; none of another line."""
+    run = re.match(r"(?:srun )?(python -m .*|(?:python|torchrun) .*\.py\b.*|\S+\.py .*)", line)
+    return shlex.split(run[1], comments=True) if run else []
 
 
 class Parsed(Exception):
@@ -57,6 +69,8 @@ def refusal(*words: str) -> str:
         script, *flags = words[1:] if words[0] == "python" else words
         if script == "-m":
             return "" if importlib.util.find_spec(flags[0]) else f"no module {flags[0]}"
+        if re.search("[A-Z]{2}", script):
+            return ""  # a placeholder
         if not (ROOT / script).is_file():
             return f"no file {script}"
         if "parse_args" not in (ROOT / script).read_text():
@@ -69,9 +83,9 @@ def refusal(*words: str) -> str:
     return said.getvalue().strip()
 
 
-def wrong_commands(text: str) -> list[str]:
+def wrong(lines: list[list[str]]) -> list[str]:
     """Each command that would be refused, and why."""
-    told = {" ".join(words): refusal(*words) for words in commands(text)}
+    told = {" ".join(words): refusal(*words) for words in lines}
     return [f"{line}: {why}" for line, why in told.items() if why]
 
 
@@ -110,7 +124,7 @@ def wrong_tests(text: str) -> list[str]:
     files = {file.name: names_of_tests(file) for file in (ROOT / "tests").glob("test_*.py")}
     every = set().union(*files.values())
     wrong = []
-    for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)?(?:::)?(test_\w+)?`", prose(text)):
+    for file, name in re.findall(r"`(?:tests/)?(test_[a-z0-9_]+\.py)?(?:::)?(test_[a-z0-9_]+)?`", prose(text)):
         known = files.get(file, set()) if file else every
         if (file and file not in files) or (name and name not in known):
             wrong.append("::".join(part for part in (file, name) if part))
@@ -120,7 +134,14 @@ def wrong_tests(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_pages_commands_can_be_typed_its_links_lead_somewhere_and_its_tests_exist(page):
     text = page.read_text()
-    assert wrong_commands(text) + wrong_links(page, text) + wrong_tests(text) == []
+    assert wrong(commands(text)) + wrong_links(page, text) + wrong_tests(text) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda file: file.name)
+def test_a_scripts_docstring_says_how_to_run_it(script):
+    lines = usage(ast.get_docstring(ast.parse(script.read_text())))
+    assert wrong(lines) == []
+    assert ["python", str(script.relative_to(ROOT))] in [words[:2] for words in lines]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,13 @@ def test_a_pages_commands_can_be_typed_its_links_lead_somewhere_and_its_tests_ex
 )
 def test_commands_are_found_in_blocks_and_in_prose(text, words):
     assert [" ".join(found) for found in commands(text)] == words
+
+
+def test_commands_are_found_in_a_docstring():
+    text = (
+        "Run.\n\n    hard    python more/x.py --beta 1  # b\n    python y.py    some minutes; see x.py\npython z.py\n"
+    )
+    assert [" ".join(found) for found in usage(text)] == ["python more/x.py --beta 1", "python y.py"]
 
 
 @pytest.mark.parametrize(
