@@ -16,7 +16,7 @@ What you should see: the loss starts near d, since the two views are hardly corr
 there. The loss need not come near 0: with n images, C has rank n - 1 at most, so where d is larger it stays above
 d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1. This bound is 36 at n = 128, d = 1024 and 124 in recipe imagenet.
 Signs of trouble: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near
-d², or `rank` sticks at a few (the dimensions repeat each other).
+d², or the effective rank sticks at a few (the dimensions repeat each other).
 
     python barlow.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -39,6 +39,7 @@ from common import (
     backbone,
     check_least,
     check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -84,7 +85,7 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    check_least(args, 1, "projector_hidden", "projector_dim")
+    check_widths(args, "projector_hidden", "projector_dim")
     check_least(args, 0, "lambd", "base_lr_biases")
     check_positive(args, "base_lr")  # of which base_lr_biases is a multiple
 

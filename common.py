@@ -11,13 +11,14 @@ In the order in which a method's `main` meets it:
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
 
-Copy what you need: README.md lists what each piece needs.
+Copy what you need: docs/pieces.md lists what each piece needs.
 """
 
 import argparse
 import atexit
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import inspect
 import itertools
@@ -27,11 +28,13 @@ import multiprocessing
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
 import time
 import typing
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -54,10 +57,27 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---------------------------------------------------------------------------------------------- command line
 
 
+def tell(message: str, stream: Literal["stdout", "stderr"]) -> None:
+    """Print a line. A closed pipe or a full disk behind the stream ends no run: the rest is left out."""
+    if (file := getattr(sys, stream)) is None:  # it was closed from the start
+        return
+    try:
+        print(message, file=file, flush=True)
+    except (OSError, ValueError) as error:
+        setattr(sys, stream, None)
+        with contextlib.suppress(OSError, ValueError):  # Python flushes what is in the buffer once more, at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+        if stream == "stdout":
+            warn(f"nothing more is printed, for the output cannot be written ({error})")
+
+
 def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
     """One line per machine, or from every rank that calls."""
-    if every_rank or int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print(f"{kind}: {message}", file=sys.stderr, flush=True)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if first or every_rank:
+        color = ("31" if "error" in kind else "33") if sys.stderr and sys.stderr.isatty() else ""  # red or yellow
+        kind = f"\033[{color}m{kind}\033[0m" if color else kind
+        tell(f"{kind}: {' '.join(message.splitlines())}", "stderr")
 
 
 def refuse(message: str, every_rank: bool = False) -> typing.NoReturn:
@@ -72,13 +92,24 @@ def abort(message: str) -> typing.NoReturn:
     raise SystemExit(1)
 
 
+def excepthook(kind: type, error: BaseException, traceback: Any) -> None:
+    """In place of Python's: one line where memory ran out, from the rank that saw it; else the traceback."""
+    lack = "out of memory|not enough memory|can't allocate memory|bad_alloc"  # of CUDA, Windows, Linux, C++
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(lack, str(error))):
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        size = f" ({asked[1]} more were needed)" if asked else ""
+        warn(f"out of memory{size}; lower --batch-size, --image-size, or the widths of the network", True, "error")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
 @dataclass
 class Flags:
     """The flags of every method. A method's `Args` shows the defaults that differ and adds its own flags."""
 
     recipe: Literal["quick", "cifar", "imagenet"] = "quick"  # a row of RECIPES; flags given by hand beat it
     dataset: Literal["patterns", "cifar10", "cifar100", "stl10", "folder"] = "patterns"  # --data-dir alone means folder
-    data_dir: str = ""  # folder of images, or where torchvision keeps its datasets
+    data_dir: str = ""  # folder of images, unless torchvision keeps --dataset there, or the recipe's dataset
     image_size: int = 0  # side of the views in pixels; 0: that of the images, but 32 at least and 96 at most
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels, for normalisation
     std: tuple[float, float, float] = IMAGENET_STD  # of the channels, for normalisation
@@ -99,7 +130,7 @@ class Flags:
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints
-    run_dir: str = ""  # default: runs/<method>, then the flags that change the result
+    run_dir: str = ""  # where the run is kept; none: runs/<method>, then the flags that change the result
     overwrite: bool = False  # delete the run of that folder instead of continuing it
     init: str = ""  # start from this encoder.pt or run folder
     tensorboard: bool = False  # also write TensorBoard events
@@ -115,45 +146,77 @@ def parse_args(args_class: type, recipes: dict[str, dict[str, Any]] | None = Non
 
     Field `batch_size` is flag `--batch-size`; a bool is `--flag/--no-flag`; a `Literal` lists its choices; a tuple has
     as many values as its default; a field without a default is positional. The help text is the comment behind the
-    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`.
+    field. `recipes` maps the value of `--recipe` to other defaults. `--data-dir` alone means `--dataset folder`, unless
+    torchvision keeps the recipe's dataset there. From here on, streams print any name and `excepthook` is Python's.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files and the help may hold what the terminal has not
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = excepthook
+    words = sys.argv[1:] if argv is None else argv
+    named = re.findall(r"--recipe[= ](\S+)", " ".join(words))  # the help shows the defaults of the last one
+    recipe = (recipes or {}).get(named[-1] if named else "quick", {})
     source = "".join(inspect.getsource(cls) for cls in reversed(args_class.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
-    doc = sys.modules[args_class.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.allow_abbrev = False
+    doc, fields = sys.modules[args_class.__module__].__doc__ or "", dataclasses.fields(args_class)
+    positional = [field.name for field in fields if field.default is dataclasses.MISSING]
+    usage = " ".join(["%(prog)s", *positional, "[flags]"])
+    parser = argparse.ArgumentParser(usage=usage, description=doc.split("\n\n")[0], allow_abbrev=False)
     parser.error = lambda message: refuse(f"{message} (see --help)")
-    types = typing.get_type_hints(args_class)
-    for field in dataclasses.fields(args_class):
-        kind, text = types[field.name], comments.get(field.name, "").replace("%", "%%")
-        if field.default is dataclasses.MISSING:
+    own, shared = (parser.add_argument_group(f"flags of {whose}") for whose in (parser.prog, "every method"))
+    kinds, flags = typing.get_type_hints(args_class), []
+    for field in fields:
+        kind, text = kinds[field.name], comments.get(field.name, "").replace("%", "%%")
+        if field.name in positional:
             parser.add_argument(field.name, type=kind, help=text)
             continue
-        options: dict[str, Any] = {"type": kind}
+        options: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is Literal:
             options = {"choices": typing.get_args(kind)}
         elif typing.get_origin(kind) is tuple:
-            options = {"type": typing.get_args(kind)[0], "nargs": len(field.default)}
-        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{field.default}]"}
-        parser.add_argument(flag_of(field.name), **options)
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(parser.parse_args(argv)).items()}
-    if "data_dir" in given and "dataset" not in given:
-        given["dataset"] = "folder"
+            number = typing.get_args(kind)[0]
+            options = {"type": number, "nargs": len(field.default), "metavar": number.__name__.upper()}
+        default = recipe.get(field.name, field.default)
+        default = " ".join(map(str, default)) if isinstance(default, tuple) else "none" if default == "" else default
+        options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        group = shared if hasattr(args_class.__base__, field.name) else own
+        flags += group.add_argument(flag_of(field.name), **options).option_strings
+    found, unknown = parser.parse_known_args(words)
+    if unknown:
+        refuse(f"unrecognized arguments: {' '.join(unknown)}{suggestion(unknown, flags)} (see --help)")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(found).items()}
     recipe = (recipes or {}).get(given.get("recipe", "quick"), {})
+    if "data_dir" in given and "dataset" not in given:
+        kept = getattr(torchvision.datasets, recipe.get("dataset", "").upper(), None)
+        if not (kept and Path(given["data_dir"], kept.base_folder).is_dir()):
+            given["dataset"] = "folder"
     return args_class(**{**recipe, **given})
+
+
+def suggestion(unknown: list[str], flags: list[str]) -> str:
+    """For words that are no flags: the flag that ends like the first of them, or that is spelled most like it."""
+    word = next((word for word in unknown if word.startswith("-")), "").split("=")[0].lstrip("-").replace("_", "-")
+    near = [flag for flag in flags if flag.endswith("-" + word)] or difflib.get_close_matches("--" + word, flags, 1)
+    return f"; did you mean {near[0]}?" if word and near else ""
 
 
 def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_least(args, least: float, *names: str) -> None:
-    """Refuse a flag of these that is under `least`, or not a number."""
+def check_least(args, least: float, *names: str, most: float = math.inf) -> None:
+    """Refuse a flag of these that is under `least`, above `most`, or not a number."""
+    limits = f"at least {least}" if most == math.inf else f"{least} to {most}"
     for name in names:
-        if not getattr(args, name) >= least:
-            refuse(f"{flag_of(name)} must be at least {least}, not {getattr(args, name)}")
+        if not least <= getattr(args, name) <= most:
+            refuse(f"{flag_of(name)} must be {limits}, not {getattr(args, name)}")
+
+
+def check_widths(args, *names: str) -> None:
+    """Refuse a flag of these that is no width of a layer: one layer of the largest widths has four gigabytes."""
+    check_least(args, 1, *names, most=2**15)
 
 
 def check_positive(args, *names: str) -> None:
@@ -165,18 +228,27 @@ def check_positive(args, *names: str) -> None:
 
 def check_flags(args: Flags) -> None:
     """Refuse impossible values of the flags that all methods share."""
+    check_shared(args)
     check_least(args, 1, "epochs", "log_every", "eval_every", "save_every")
-    check_least(args, 0, "image_size", "batch_size", "max_steps", "train_limit", "workers", "seed")
+    check_least(args, 0, "batch_size", "max_steps", "train_limit", "seed")
     check_least(args, 0, "warmup_epochs", "base_lr", "weight_decay")
     if args.dataset == "patterns" and args.data_dir:
         refuse("--dataset patterns is generated and takes no --data-dir; use --dataset folder for your own images")
-    check_shared(args)
-    if min(args.std) <= 0:
-        refuse("--std must be positive")
+    if min(args.std) < 1e-6:
+        refuse(f"--std must be at least 1e-6, not {min(args.std)}")
 
 
 def check_shared(args) -> None:
-    """Refuse impossible values of flags that evaluate.py has, too."""
+    """Refuse impossible values of flags that evaluate.py has, too, and numbers that no flag can have."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                refuse(f"{flag_of(field.name)} must be finite, not {number}")
+            if isinstance(number, int | float) and abs(number) > 1e18:  # float32 holds the square
+                refuse(f"{flag_of(field.name)} must be between -1e18 and 1e18, not {number}")
+    check_least(args, 0, "image_size", most=4096)  # pixels; 64 such views have twelve gigabytes
+    check_least(args, 0, "workers", most=256)
     if args.dataset == "folder" and not args.data_dir:
         refuse("--dataset folder needs --data-dir")
     if not 0 <= args.crop_min_scale <= 1:
@@ -235,9 +307,9 @@ class Run:
         self.state = {**state, "scaler": self.scaler}
         self.encoder = encoder or state["model"].backbone
         self.folder.open()
-        self._say_what_is_trained()
         saved = self.folder.restore(self.state) or {"step": 0, "log_bytes": 0}
-        self.first_step = saved["step"]
+        self.first_step, self.began = saved["step"], time.perf_counter()
+        self._say_what_is_trained()
         if self.first_step > 0:
             say(f"continuing after step {self.first_step} of {self.last_step}")
         if self.first_step >= self.last_step:
@@ -253,13 +325,21 @@ class Run:
         args, train, test = self.args, self.train, self.test
         if args.warmup_epochs >= args.epochs:
             warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
-        kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
-        scored = f"{len(test)} test images of {len(train.classes)} classes" if test else "no labelled test split"
-        say(f"{self.folder.path}: {len(train)} training images {kept}, {scored}")
-        world, cuda = rank_and_world()[1], self.device.type == "cuda"
-        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-        batch = f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}"
-        say(f"{batch}; {self.total_steps} steps, {self.steps_per_epoch} per epoch; base learning rate {args.base_lr:g}")
+        kept = "in memory" if train.pixels is not None else f"decoded by workers ({args.workers} per process)"
+        split = f"of {len(train.classes)} classes; {len(test)} to test on" if test else "no labelled test split"
+        source = f"{args.dataset} {args.data_dir}".strip()
+        say(f"images   {source}: {len(train)} {kept}, {split}")
+        world, threads, cuda = rank_and_world()[1], torch.get_num_threads(), self.device.type == "cuda"
+        shares = f" = {world} x {args.batch_size // world}" * (world > 1)
+        where = torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}"
+        say(f"batch    {args.batch_size}{shares} on {where}; base learning rate {args.base_lr:g}")
+        stop = f"; --max-steps ends the run after {self.last_step}" * (self.last_step < self.total_steps)
+        say(f"steps    {self.total_steps} = {args.epochs} epochs of {self.steps_per_epoch}{stop}")
+        say(f"folder   {self.folder.path}")
+        say("columns  spread of the embeddings: 1 isotropic, 0 a point; effective rank: dimensions they fill")
+        fresh = self.first_step == 0 and args.precision in ("auto", "fp32") and not cuda
+        if fresh and torch.cpu.get_capabilities().get("avx512_bf16"):  # measured once, on an AMD Zen 4: 1.56 times
+            say("hint     this CPU has bf16 instructions: --precision bf16 trains about 1.5 times as fast")
 
     def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
         """(step, its batch) for every step that is left to take."""
@@ -304,16 +384,36 @@ class Run:
 
     def close(self) -> dict[str, float]:
         """Hand back signals and the process group; return the latest value of every metric."""
+        if rank_and_world()[0] == 0 and self.log.latest.get("step") == self.last_step:
+            self._say_what_is_next()
         self.folder.close()
         self.log.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         return self.log.latest
 
+    def _say_what_is_next(self) -> None:
+        path, steps = self.folder.path, self.last_step - self.first_step
+        first = json.loads(self.log.file.read_text().partition("\n")[0])  # of the untrained network, if it was judged
+        knn = [f"{100 * line['knn_top1']:.1f} %" for line in (first, self.log.latest) if "knn_top1" in line]
+        if steps > 0:
+            gain = f"; online kNN from {knn[0]} (untrained) to {knn[1]}" if len(knn) == 2 else ""
+            say(f"done     {steps} steps in {clock(time.perf_counter() - self.began)}{gain}")
+        say(f"encoder  {path / 'encoder.pt'}")
+        protocol, script = "linear" if self.test else "diagnose", Path(__file__).with_name("evaluate.py")
+        say(f"next     {shlex.join(['python', os.path.relpath(script), str(path), '--protocol', protocol])}")
+        if not self.test:
+            say("         the other protocols need labels: --data-dir with train/<class>/* and val/<class>/*")
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
 
 def say(message: str) -> None:  # on the console, from rank 0
     if rank_and_world()[0] == 0:
-        print(message, flush=True)
+        tell(message, "stdout")
 
 
 def default_run_dir(method: str, args: Flags, recipes: dict[str, dict[str, Any]]) -> str:
@@ -495,15 +595,26 @@ class RunFolder:
             os.close(self.lock)
 
 
-def read_flags(file: Path) -> dict[str, Any]:
-    """What a run's args.json holds; a file that holds something else is refused."""
+def read_flags(file: Path, required: bool = True) -> dict[str, Any]:
+    """The flags of the run whose args.json `file` is. Another file, or a damaged one, is refused; if it is not
+    `required`, it is ignored with a warning, and the result is empty.
+    """
     try:
         flags = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        refuse(f"{file} cannot be read ({error}); restore it, or take another folder")
-    if not isinstance(flags, dict) or not {"dataset", "epochs", "image_size", "mean", "std"} <= flags.keys():
-        refuse(f"{file} does not hold the flags of a run; take another folder")
-    return flags
+        size, epochs, mean, std = (flags[name] for name in ("image_size", "epochs", "mean", "std"))
+        known = flags["dataset"] in typing.get_args(typing.get_type_hints(Flags)["dataset"])
+        known = known and isinstance(flags["data_dir"], str) and type(size) is type(epochs) is int and size > 0
+        if known and len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, [*mean, *std])):
+            return flags
+        fault = "values that no run has"
+    except KeyError as error:
+        fault = f"no {error}"
+    except Exception as error:  # what is not ours can hold anything
+        fault = str(error)
+    if required:
+        refuse(f"{file} does not hold the flags of a run ({fault}); restore it, or take another folder")
+    warn(f"{file} does not hold the flags of a run and is ignored ({fault})")
+    return {}
 
 
 def read_records(file: Path, content: bytes) -> list[dict[str, Any]]:
@@ -554,6 +665,7 @@ class Log:
         self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last line
         self.collapsed: set[str] = set()  # signs seen at the last line
         self.clock = (time.perf_counter(), 0)  # (time, step) of the last line
+        self.columns, self.lines = [], 0  # (name, width) of each column on the console, and lines so far
 
     def open(self, step: int, size: int) -> None:
         """Keep the first `size` bytes of metrics.jsonl: the steps that were logged beyond `step` are taken again."""
@@ -586,17 +698,25 @@ class Log:
         rate = (step - then_step) / (self.clock[0] - then)  # steps per second
         epoch, images_per_s, health = step / self.steps_per_epoch, rate * self.args.batch_size, embedding_health(z)
         self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
-        left, (std, effective_rank) = (self.last_step - step) / rate, health.values()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        say(
-            f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
-            f"std {std:.4f} of {z.shape[1] ** -0.5:.4f}  rank {effective_rank:.1f}  "
-            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
-        )
+        row = {"epoch": f"{epoch:5.1f}", "step": f"{step:6d}"}
+        for name, value in values.items():  # four decimals, fewer where they make more than seven characters
+            row[name] = min((f"{value:7.{decimals}f}" for decimals in (4, 1, 0)), key=len)
+        row |= {"lr": f"{lr:8.5f}", "spread": f"{health['embedding_std'] * z.shape[1] ** 0.5:6.3f}"}
+        row |= {"effective_rank": f"{health['effective_rank']:7.1f}", "images/s": f"{images_per_s:8.0f}"}
+        self._tell({**row, "time_left": f"{clock((self.last_step - step) / rate):>9}"})
         signs = signs_of_collapse(z, **health)
         for sign in signs.keys() - self.collapsed if rank_and_world()[0] == 0 else ():
             warn(f"collapse at step {step}: {signs[sign]}")
         self.collapsed = set(signs)
+
+    def _tell(self, row: dict[str, str]) -> None:
+        """A line on the console; every 30 lines, and where the columns change, their names above it in two lines."""
+        names = [name.rpartition("_")[::2] for name in row]  # time_left: time over left
+        widths = [max(len(text) for text in (cell, *name)) for cell, name in zip(row.values(), names, strict=True)]
+        header = list(zip(*names, strict=True)) if self.lines % 30 == 0 or self.columns != [names, widths] else []
+        for line in (*header, row.values()):
+            say(" ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        self.columns, self.lines = [names, widths], self.lines + 1
 
     def check_finite(self) -> dict[str, float]:
         """Loss and terms of the last step, mean over ranks, once those of every step since the last look are finite."""
@@ -1293,32 +1413,59 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+        # DINO's files hold their flags, too. Whatever torch warns of is said below, in one line.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             state = torch.load(file, map_location="cpu", weights_only=True)
-        for container in ("state_dict", "model", "teacher"):
-            state = state[container] if isinstance(state.get(container), dict) else state
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
-    except FileNotFoundError:
-        refuse(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
-        refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+        if isinstance(error, OSError) and error.filename:  # it was not opened
+            refuse(f"{file} cannot be read: {error.strerror}")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(f"{file} carries code, which is not run: {code[1]}; save its tensors alone, as a state dict")
+        refuse(f"{file} is damaged, or not a file of weights as torch.save writes it")
+    for container in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(container), dict):
+            state = state[container]
+    entries = state.items() if isinstance(state, dict) else ()
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): weight for name, weight in entries}
     prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
-        refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+        refuse(f"{file} holds no ResNet: it has no entry conv1.weight, alone or behind a prefix known here")
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    for name, weight in ((name, state[name]) for name, match in trunk.items() if match):
+        dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+        if not dense or not (weight.is_floating_point() or name.endswith("num_batches_tracked")):
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
+        tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}
+
+
+def misfits(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into `net`: one sentence per entry. Old files do not count batches."""
+    wanted, given = ({name: list(w.shape) for name, w in weights.items()} for weights in (net.state_dict(), state))
+    found = []
+    for name in {**wanted, **given}:
+        if name not in wanted:
+            found.append(f"{name} has no place")
+        elif name in given and given[name] != wanted[name]:
+            found.append(f"{name} has shape {given[name]} in place of {wanted[name]}")
+        elif name not in given and not name.endswith("num_batches_tracked"):
+            found.append(f"{name} is missing")
+    return found
 
 
 def load_encoder(net: nn.Module, path: str) -> None:
     """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
-    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
-    try:
-        net.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+    file = Path(path, "encoder.pt") if os.path.isdir(path) else Path(path)
+    state = read_weights(file)
+    if faults := misfits(net, state):
+        refuse(f"--init {file} does not fit --arch and --stem: {faults[0]}")
+    net.load_state_dict(state)
+    if broken := [name for name, weight in net.state_dict().items() if not weight.isfinite().all()]:
+        refuse(f"--init {file}: {broken[0]} is not finite")
 
 
 class LARS(torch.optim.Optimizer):
@@ -1675,13 +1822,12 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 
 def signs_of_collapse(z: Tensor, embedding_std: float, effective_rank: float) -> dict[str, str]:
     """{sign: what it says} of embeddings z (n, d) that have collapsed, with their health; empty if they have not."""
-    isotropic, scale, signs = z.shape[1] ** -0.5, z.float().std(0).mean().item(), {}
-    if embedding_std < isotropic / 20:
-        small = f"std {embedding_std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
-        signs["std"] = f"the normalised embeddings have {small}"
+    spread, scale, signs = embedding_std * z.shape[1] ** 0.5, z.float().std(0).mean().item(), {}
+    if spread < 1 / 20:
+        signs["std"] = f"the spread of the embeddings is {spread:.2g}, under 0.05 (1: isotropic)"
     # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
     if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
         signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
     if scale < 1e-3:
-        signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
+        signs["scale"] = f"the embeddings shrink to one point: std {scale:.2g} before normalisation"
     return signs

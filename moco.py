@@ -48,6 +48,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -70,7 +71,7 @@ class Args(Flags):
     temperature: float = 0.0  # T; 0: that of the version, 0.07 for v1 and 0.2 for v2 and v2+
     queue_size: int = 0  # K, a multiple of the batch size; 0: 2 batches, or what a smaller dataset allows
     key_momentum: float = 0.99  # m, share of the key network that a step keeps
-    bn_groups: int = 8  # parts of the batch with BatchNorm statistics of their own; 1: those of the whole batch
+    bn_groups: int = 8  # parts of the batch with own BatchNorm statistics; 1: all of it; the default fits a smaller one
     head_dim: int = 128  # d, width of the embeddings
 
 
@@ -93,7 +94,7 @@ RECIPES = {
 
 def check(args: Args, images: int) -> None:
     """Refuse flags that do not fit the batch, the dataset or the processes."""
-    batch, groups, world = args.batch_size, args.bn_groups, rank_and_world()[1]
+    batch, groups, world = args.batch_size, bn_groups(args), rank_and_world()[1]
     usable = [g for g in range(1, batch // 2 + 1) if batch % g == 0 and (g == 1 or g % world == 0)]
     if groups not in usable:
         rule = f"does not split {batch} images on {world} process(es) into equal parts of two or more"
@@ -103,10 +104,16 @@ def check(args: Args, images: int) -> None:
         fit = max(1, min(size, images) // batch) * batch
         rule = f"must be a multiple of the batch size {batch} and at most the {images} training images"
         refuse(f"--queue-size {size} {rule}; take {fit}")
-    check_least(args, 1, "head_dim")
-    check_least(args, 0, "temperature")
+    check_widths(args, "head_dim")
+    check_least(args, 1e-4 if args.temperature else 0, "temperature")
     if not 0 <= args.key_momentum <= 1:
         refuse(f"--key-momentum must be between 0 and 1, not {args.key_momentum}")
+
+
+def bn_groups(args: Args) -> int:
+    """`--bn-groups`; the default shrinks until it splits the batch into equal parts of two images or more."""
+    fits = [g for g in range(1, Args.bn_groups + 1) if args.batch_size % g == 0 and args.batch_size >= 2 * g]
+    return fits[-1] if args.bn_groups == Args.bn_groups else args.bn_groups
 
 
 def queue_size(args: Args, images: int) -> int:
@@ -279,8 +286,8 @@ def main(args: Args) -> dict[str, float]:
     check(args, len(run.train))
 
     model = run.place(MoCo(args))  # on the device; --init; BatchNorm over the images of all processes
-    if args.bn_groups > 1:
-        group_batchnorm(model, args.bn_groups)
+    if bn_groups(args) > 1:
+        group_batchnorm(model, bn_groups(args))
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
     # SGD decays all of them. Under LARS `adapt=False` exempts biases and BatchNorm, from adaptation and decay.

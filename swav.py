@@ -39,7 +39,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
-    check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -98,8 +98,9 @@ def check(args: Args, images: int) -> None:
     low, high = args.small_scale
     if args.prototypes < 2:
         refuse(f"--prototypes {args.prototypes}: with fewer than two there is nothing to predict")
-    check_positive(args, "temperature", "epsilon", "sinkhorn_iterations")
-    check_least(args, 1, "projector_hidden", "projector_dim")
+    check_widths(args, "prototypes", "projector_hidden", "projector_dim")
+    check_least(args, 1e-4, "temperature", "epsilon")
+    check_least(args, 1, "sinkhorn_iterations", most=1000)
     check_least(args, 0, "freeze_prototypes_epochs", "queue_start_epoch")
     if not 0 <= args.small_crops <= 16:
         refuse(f"--small-crops {args.small_crops} must be 0 to 16; the paper takes 6")

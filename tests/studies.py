@@ -171,7 +171,8 @@ def draw_collapse(folders: dict[str, Path]) -> None:
     right.legend(fontsize=7)
     figure.savefig(ROOT / "docs" / "collapse.png", dpi=130)
     for name, folder in zip(("healthy", "collapsed"), folders.values(), strict=False):
-        shutil.copy(judge(folder, "tsne")["figure"], ROOT / "docs" / f"tsne-{name}.png")
+        judge(folder, "tsne")
+        shutil.copy(folder / "eval-tsne" / "tsne.png", ROOT / "docs" / f"tsne-{name}.png")
 
 
 def draw_covariance(folders: dict[str, Path]) -> None:

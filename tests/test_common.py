@@ -70,11 +70,59 @@ def test_a_wrong_flag_is_answered_in_one_line(line, named, capsys):
     assert named in said and said.count("\n") == 1
 
 
-def test_one_process_of_a_machine_answers(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+@pytest.mark.parametrize("rank, world, answers", [("0", "2", 1), ("1", "2", 0), ("1", "1", 1), ("1", None, 1)])
+def test_one_process_of_a_machine_answers_and_one_that_is_alone(rank, world, answers, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world) if world else monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(SystemExit):
         parse("--nonsense")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.count("\n") == answers
+
+
+@pytest.mark.parametrize(
+    "word, flag",
+    [
+        ("--batchsize", "batch-size"),
+        ("--batch_size", "batch-size"),
+        ("--batch=4", "batch-size"),
+        ("--size", "batch-size"),
+        ("--no-flipp", "no-flip"),
+        ("--dir", "data-dir"),
+        ("--zzz", ""),
+        ("--", ""),
+        ("-", ""),
+    ],
+)
+def test_an_unknown_flag_suggests_the_one_that_was_meant(word, flag, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"{word} 3")
+    said = capsys.readouterr().err
+    assert (f"; did you mean --{flag}?" in said) if flag else ("did you mean" not in said)
+
+
+def test_a_word_on_two_lines_is_answered_on_one(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(Flags, TABLE, ["--two\nlines", "--rate=a\u2028b"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_folder_that_holds_the_dataset_of_the_recipe_is_no_folder_of_images(tmp_path):
+    def dataset(line: str, of_recipe: str = "cifar10") -> str:
+        table = {"quick": {}, "big": {"dataset": of_recipe}}
+        return common.parse_args(Flags, table, f"{line} --data-dir {tmp_path}".split()).dataset
+
+    assert dataset("--recipe big") == "folder"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert dataset("--recipe big") == "cifar10" and dataset("--recipe big", "stl10") == dataset("") == "folder"
+    assert dataset("--recipe big --dataset patterns") == "patterns", "a flag given by hand beats it"
+
+
+def test_help_shows_the_defaults_of_the_recipe(capsys):
+    for line in ("--recipe big --help", "--help --recipe=big", "--recipe quick --recipe big --help"):
+        with pytest.raises(SystemExit):
+            common.parse_args(Flags, TABLE, line.split())
+        said = capsys.readouterr().out
+        assert "100 % of them [512]" in said and "a float [2.0]" in said and "three numbers [0.1 0.2 0.3]" in said
 
 
 def test_help_is_the_comment_behind_the_field(capsys):
@@ -101,9 +149,12 @@ def test_flags_that_extend_others_keep_their_comments_and_change_their_defaults(
     with pytest.raises(SystemExit):
         parse("--help")
     said = " ".join(capsys.readouterr().out.split())
-    for text in ("100 % of them [16]", "grey in the middle [(0.0, 0.0, 0.0)]", "its own [0.9]", "a float [0.5]"):
+    for text in ("100 % of them [16]", "grey in the middle [0.0 0.0 0.0]", "its own [0.9]", "a float [0.5]"):
         assert text in said
     assert "three numbers" not in said, "the class that changes a flag may say something else of it"
+    own, shared = said.split("flags of every method:")
+    assert "--momentum" in own and "--batch-size" not in own and "--batch-size" in shared and "--momentum" not in shared
+    assert "where they are [none]" in shared
 
 
 @dataclasses.dataclass

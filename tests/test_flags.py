@@ -1,9 +1,21 @@
-"""Impossible values of the methods' own flags: one line that names the flag, exit code 2, and nothing written."""
+"""Impossible flags: one line that names the flag, exit code 2, and nothing written. Output that cannot be written."""
 
+import dataclasses
+import json
 import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import methods
 import pytest
+import torch
+from methods import METHODS, ROOT, command, module, tiny
+
+import common
+import evaluate
 
 # (method, flags, what the line has to name; the first flag, if nothing is said)
 IMPOSSIBLE = [
@@ -52,6 +64,28 @@ IMPOSSIBLE = [
     ("moco", {"key_momentum": math.nan}, ""),
     ("moco", {"temperature": -1.0}, ""),
     ("moco", {"head_dim": 0}, ""),
+    ("simclr", {"temperature": 1e-45}, "--temperature must be at least 0.0001, not 1e-45"),
+    ("moco", {"temperature": 1e-45}, "--temperature must be at least 0.0001, not 1e-45"),
+    ("swav", {"temperature": 1e-45}, "--temperature must be at least 0.0001, not 1e-45"),
+    ("swav", {"epsilon": 1e-45}, "--epsilon must be at least 0.0001, not 1e-45"),
+    ("swav", {"sinkhorn_iterations": 10**18}, ""),
+    ("swav", {"freeze_prototypes_epochs": math.inf}, "--freeze-prototypes-epochs must be finite, not inf"),
+    ("byol", {"warmup_epochs": math.inf}, "--warmup-epochs must be finite, not inf"),
+    ("barlow", {"weight_decay": math.inf}, "--weight-decay must be finite, not inf"),
+    ("simsiam", {"mean": (0.5, math.nan, 0.5)}, "--mean must be finite, not nan"),
+    ("vicreg", {"std": (0.5, 0.5, 1e-300)}, "--std must be at least 1e-6, not 1e-300"),
+    ("vicreg", {"base_lr": 1e300}, "--base-lr must be between"),
+    ("vicreg", {"seed": 2**64}, "--seed must be between"),
+    ("vicreg", {"seed": -1}, ""),
+    ("vicreg", {"image_size": 10**9}, ""),
+    ("vicreg", {"workers": 10**6}, ""),
+    ("vicreg", {"batch_size": 10**18}, ""),
+    *[
+        (method, {field.name: 10**12}, "")
+        for method in METHODS
+        for field in dataclasses.fields(module(method).Args)
+        if field.name.endswith(("_dim", "_hidden")) or field.name == "prototypes"
+    ],
 ]
 
 
@@ -72,3 +106,112 @@ def test_every_method_is_among_them():
 def test_small_crop_flags_do_not_matter_without_small_crops():
     swav = methods.module("swav")
     swav.check(swav.Args(batch_size=16, image_size=8, small_crops=0), 64)
+
+
+@pytest.mark.parametrize("flag, value", [("mean", (math.nan, 0, 0)), ("std", (1, 1, math.inf)), ("lr", math.nan)])
+def test_evaluate_refuses_what_is_no_number(flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(evaluate.Args("nowhere", **{flag: value}))
+    assert end.value.code == 2 and f"--{flag} must be finite" in capsys.readouterr().err
+
+
+def test_numbers_of_steps_and_epochs_may_be_as_large_as_one_likes(tmp_path):
+    large = dict.fromkeys(["epochs", "log_every", "eval_every", "save_every", "train_limit", "seed"], 10**18)
+    module("vicreg").main(tiny("vicreg", tmp_path, **large | {"max_steps": 1, "warmup_epochs": 1e18}))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
+# -------------------------------------------------------------------------------- output that cannot be written
+
+
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What became of commands that all start at once: exit code, stdout, stderr and the run folder of each."""
+    folder = tmp_path_factory.mktemp("runs")
+    strange = os.fsdecode(os.fsencode(folder / "name") + b"\xff")  # not UTF-8
+    reader, broken = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        cases = {  # (where its output goes, its run folder, more flags)
+            "full": (full, str(folder / "full"), []),
+            "broken": (broken, str(folder / "broken"), []),
+            "closed": (None, str(folder / "closed"), []),
+            "named": (subprocess.PIPE, strange, []),
+            "help": (subprocess.PIPE, str(folder / "help"), ["--help"]),
+            "large": (subprocess.PIPE, str(folder / "large"), ["--image-size", "4096", "--batch-size", "64"]),
+        }
+        started = {}
+        for name, (stdout, run_dir, more) in cases.items():
+            line = [*command("vicreg", run_dir, max_steps=1), *more]
+            environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "CUDA_VISIBLE_DEVICES": ""}
+            if name == "closed":
+                line = ["sh", "-c", 'exec "$@" >&-', "sh", *line]
+            options = {"preexec_fn": limit_memory} if name == "large" else {}
+            started[name] = subprocess.Popen(
+                line, stdout=stdout, stderr=subprocess.PIPE, cwd=ROOT, env=environment, **options
+            )
+    os.close(broken)
+    yield {name: (*process.communicate(timeout=300), process.returncode, Path(cases[name][1]))
+           for name, process in started.items()}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, why", [("full", "No space left"), ("broken", "Broken pipe"), ("closed", "")])
+def test_training_goes_on_where_its_output_cannot_be_written(name, why, done):
+    _, said, code, folder = done[name]
+    assert code == 0, said
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 1
+    assert not said if not why else said.startswith(b"warning: ") and said.count(b"\n") == 1 and why in said.decode()
+
+
+def test_names_and_help_are_printed_in_any_encoding(done):
+    out, said, code, folder = done["named"]
+    assert (code, said) == (0, b"") and rb"name\udcff" in out and (folder / "encoder.pt").exists()
+    out, said, code, _ = done["help"]
+    assert (code, said) == (0, b"") and b"--expander-dim" in out
+
+
+def test_too_little_memory_is_said_in_one_line(done):
+    _, said, code, _ = done["large"]
+    assert code == 1 and said.count(b"\n") == 1 and said.startswith(b"error: out of memory (")
+    assert b"--batch-size" in said and b"--image-size" in said
+
+
+@pytest.mark.parametrize(
+    "error, size",
+    [
+        (MemoryError(), ""),
+        (MemoryError("Unable to allocate 7.28 TiB for an array with shape (1000000, 1000000)"), "7.28 TiB"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 64 bytes."), "64 bytes"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), ""),
+        (RuntimeError("std::bad_alloc"), ""),
+    ],
+)
+def test_every_way_to_say_that_memory_ran_out_is_known(error, size, capsys):
+    common.excepthook(type(error), error, None)
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: out of memory{f' ({size} more' if size else ';'}") and said.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    try:
+        raise RuntimeError("shapes do not fit")
+    except RuntimeError:
+        common.excepthook(*sys.exc_info())
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in test_other_errors" in said and "shapes do not fit" in said
+
+
+def test_a_stream_that_was_closed_is_left_alone(monkeypatch, capsys):
+    with open(os.devnull, "w") as closed:
+        pass
+    monkeypatch.setattr(sys, "stdout", closed)
+    common.say("one")
+    common.say("two")
+    monkeypatch.setattr(sys, "stderr", closed)
+    common.warn("three")
+    common.warn("four")

@@ -501,11 +501,23 @@ def test_flags_that_do_not_fit_are_refused_with_what_does(batch, more, groups, q
                 break
             name, fix = re.search(r"--(\S+) .*; take (?:one of .*?)?(\d+)\n", answer).groups()
             flags[name.replace("-", "_")] = int(fix)
-    size, parts = answer, flags["bn_groups"]
+    size, parts = answer, moco.bn_groups(Args(**flags))
     assert 0 < size <= images and size % batch == 0
     assert batch % parts == 0 and batch // parts >= 2 and (parts == 1 or parts % world == 0)
     assert queue == size or queue < 1 or queue % batch or queue > images, "what fits is left alone"
     assert groups == parts or groups < 1 or batch % groups or batch < 2 * groups or groups % world
+
+
+@given(st.integers(2, 300))
+def test_the_default_of_bn_groups_fits_any_batch(batch):
+    fits = [parts for parts in range(1, 9) if batch % parts == 0 and batch // parts > 1]
+    assert moco.bn_groups(Args(batch_size=batch)) == max(fits)
+    assert moco.bn_groups(Args(batch_size=batch, bn_groups=7)) == 7, "a number given by hand is refused instead"
+
+
+def test_two_images_are_enough(tmp_path, monkeypatch):
+    args = Args(image_size=16, epochs=1, warmup_epochs=0, save_every=1)
+    assert quick.trainer(moco, args, 2, tmp_path, monkeypatch)()["step"] == 1
 
 
 @pytest.fixture
