@@ -8,6 +8,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -32,7 +33,11 @@ class Name(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.file.removesuffix('.py')}.{self.name}"
+        return f"{self.module}.{self.name}"
+
+    @property
+    def module(self) -> str:
+        return Path(self.file).stem
 
 
 class Row(NamedTuple):
@@ -359,7 +364,7 @@ def test_every_piece_has_an_input_and_every_input_a_piece():
 @pytest.mark.parametrize(("row", "piece"), PIECES, ids=[str(piece) for _, piece in PIECES])
 def test_a_pasted_piece_gives_what_the_original_gives(row, piece):
     assert str(piece) in INPUTS, f"no input for {piece}"
-    original = importlib.import_module(piece.file.removesuffix(".py"))
+    original = importlib.import_module(piece.module)
     for group in (contextlib.nullcontext(), group_of_one()):
         with group:
             assert outcome(piece, paste(row)) == outcome(piece, original)
@@ -374,6 +379,6 @@ def test_the_stand_ins_of_one_process_do_for_the_functions_that_gather(row, piec
     replaced = {"all_gather", "my_rows", "_AllGather", "rank_and_world"}
     needs = [need for need in row.needs if need.name not in replaced]
     imports = [line for line in row.imports if "torch.distributed" not in line]
-    original = importlib.import_module(piece.file.removesuffix(".py"))
+    original = importlib.import_module(piece.module)
     assert len(STAND_INS) == 2
     assert outcome(piece, paste(Row(row.pieces, needs, imports + STAND_INS))) == outcome(piece, original)
