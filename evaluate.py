@@ -598,8 +598,7 @@ def keep(record: dict[str, Any], contents: dict[str, bytes], folder: Path) -> No
         say(json.dumps(record, allow_nan=False))
     except ValueError:
         abort(f"a number of the result is not finite: {record}")
-    faults = []
-    saved = []
+    saved, faults = [], []
     for name, content in contents.items():
         try:
             atomic_save(folder / name, content)

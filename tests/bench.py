@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -382,7 +383,7 @@ def bench_start(device: torch.device) -> None:
     def until(line: list[str], sign: str) -> float:
         began = time.perf_counter()
         with subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, text=True) as process:
-            any(sign in text for text in process.stdout)
+            any(re.search(sign, text) for text in process.stdout)
             seconds = time.perf_counter() - began
             process.kill()
         return seconds
@@ -390,9 +391,9 @@ def bench_start(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as name:
         script = str(Path(vicreg.__file__))
         line = [script, "--log-every", "1", "--run-dir", name, "--overwrite"]
-        until(line, "step 1/")
+        until(line, r"^ *\d+\.\d +1 ")
         empty = statistics.median(until(["-c", "import torch; print('here', flush=True)"], "here") for _ in range(3))
-        whole = statistics.median(until(line, "step 1/") for _ in range(3))
+        whole = statistics.median(until(line, r"^ *\d+\.\d +1 ") for _ in range(3))
     beyond = whole - empty
     print(
         f"| start to first step | {empty:.2f} s for import torch | {whole:.2f} s | {beyond:.2f} s beyond | under 5 s |",

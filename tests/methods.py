@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ METHODS = list(SMALL)
 MORE = {
     "supcon": {"projector_hidden": 24, "projector_dim": 16},
     "negatives": {"projector_hidden": 24, "projector_dim": 16},
+    "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
+    "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
 }
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
@@ -88,6 +91,12 @@ def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str
 def run(line: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **environment}
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=timeout)
+
+
+def at_step(line: str) -> int | None:
+    """The step of a line of the console's columns, which epoch and step begin; None of another line."""
+    found = re.match(r" *\d+\.\d +(\d+) ", line)
+    return int(found[1]) if found else None
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

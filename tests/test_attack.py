@@ -72,10 +72,11 @@ def flags_of(program: str) -> dict[str, st.SearchStrategy[list[str]]]:
 
 
 def attacked(program: str) -> st.SearchStrategy[dict[str, list[str]]]:
-    """One to three flags, and the words that set each."""
+    """One to three flags, and the words that set each; for evaluate.py some protocol, too."""
     flags = flags_of(program)
     names = st.lists(st.sampled_from(sorted(flags)), min_size=1, max_size=3, unique=True)
-    return names.flatmap(lambda chosen: st.fixed_dictionaries({name: flags[name] for name in chosen}))
+    names = names.map(lambda chosen: {*chosen, *({"protocol"} & flags.keys())})
+    return names.flatmap(lambda chosen: st.fixed_dictionaries({name: flags[name] for name in sorted(chosen)}))
 
 
 def endless(flags: dict[str, list[str]]) -> bool:

@@ -69,7 +69,8 @@ def refused(capsys, code: int, *named: str) -> Callable:
         with pytest.raises(SystemExit) as end:
             yield
         out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if not line.startswith("step ")]  # of progress
+        told = ("step ", "warning: --data-dir")  # of progress and of the images
+        lines = [line for line in err.splitlines() if not line.startswith(told)]
         assert end.value.code == code and "{" not in out, (end.value.code, out, err)
         assert len(lines) == 1 and all(word in lines[0] for word in named), err
 
@@ -174,19 +175,13 @@ def test_a_file_that_cannot_be_written_costs_only_itself(obstacle, tmp_path, cap
         assert results(folder)[0]["files"] == []
 
 
-@pytest.mark.parametrize("where", ["/dev/full", "a pipe that nobody reads"])
-def test_a_result_that_cannot_be_printed_is_kept(where, tmp_path):
-    if where == "/dev/full" and not Path(where).exists():
-        pytest.skip("has no /dev/full")
+def test_a_result_that_cannot_be_printed_is_kept(tmp_path):
     folder = run_folder(tmp_path / "run")
     line = [sys.executable, str(ROOT / "evaluate.py"), str(folder), "--k", "5"]
-    if where == "/dev/full":
-        out = os.open(where, os.O_WRONLY)
-    else:
-        reader, out = os.pipe()
-        os.close(reader)
-    done = subprocess.run(line, stdout=out, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300)
-    os.close(out)
+    reader, pipe = os.pipe()
+    os.close(reader)
+    done = subprocess.run(line, stdout=pipe, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=300)
+    os.close(pipe)
     assert done.returncode == 0 and done.stderr.count("\n") == 1 and "printed" in done.stderr, done.stderr
     assert 0 <= results(folder)[0]["top1"] <= 1
 
@@ -428,7 +423,7 @@ def judge_images(root: str, protocol: str, **flags) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "names", [["a$b", "$c$", "_d"], ["\udcff\udcfe", "\U00010400猫", "x" * 255], ["\n", " ", "\\frac{"]]
+    "names", [["a$b", "$c^$", "_d"], ["\udcff\udcfe", "\U00010400猫", "x" * 255], ["\n", " ", "\\frac{"]]
 )
 @pytest.mark.parametrize("protocol", ["tsne", "knn"])
 def test_classes_may_have_any_name(protocol, names, tmp_path, capsys, recwarn):
@@ -438,22 +433,18 @@ def test_classes_may_have_any_name(protocol, names, tmp_path, capsys, recwarn):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [2, 3])
 def test_a_handful_of_images_is_judged_or_refused(protocol, count, tmp_path, capsys, recwarn):
     """`count` training images and as many for the test, of two classes."""
     root = images(tmp_path, ["a", "b"], 2, 2)
     for split in ("train", "test"):
-        for i in range(4 - count):
-            (tmp_path / split / "ab"[i % 2] / "1.png" if i < 2 else tmp_path / split / "b" / "0.png").unlink()
-    if count == 1:  # of one class, the other's folder is empty
-        (tmp_path / "train" / "b" / "hidden").mkdir()
-    needs = {"knn": 1, "tsne": 4}.get(protocol, 2)
-    flags = {"k": 1} if protocol == "knn" else {}
-    if count < needs or count == 1:
-        with refused(capsys, 2, f"--protocol {protocol.split()[0]}" if count > 1 else ""):
-            judge_images(root, protocol, **flags)
+        for name in "ab"[: 4 - count]:
+            (tmp_path / split / name / "1.png").unlink()
+    if protocol == "tsne":
+        with refused(capsys, 2, "--protocol tsne"):
+            judge_images(root, protocol)
     else:
-        judge_images(root, protocol, **flags)
+        judge_images(root, protocol, k=count)
         assert all(np.isfinite(value) for value in results(tmp_path / ".run")[0].values() if isinstance(value, float))
     assert not recwarn.list
 
@@ -516,7 +507,7 @@ def test_an_error_on_two_processes_is_told_once(tmp_path):
     (blocked / "results.jsonl").mkdir(parents=True)
     wrong = [(nan, "knn", {}, 1), (nan, "finetune", {}, 1), (good, "knn", {"k": 65}, 2)]
     wrong += [(good, "linear", {"output": str(blocked)}, 1), (good, "knn", {"data_dir": "/nowhere"}, 2)]
-    wrong += [(tmp_path / "none", "knn", {}, 2), (good, "finetune", {"lr_head": 1e38}, 1)]
+    wrong += [(tmp_path / "none", "knn", {}, 2), (good, "finetune", {"lr_head": 1e18, "epochs": 2}, 1)]
     for (*_, code), ranks in zip(wrong, run_on(2, [(told, job[:3]) for job in wrong]), strict=True):
         assert [result for result, _ in ranks] == [code, code]
         assert ranks[0][1].count("\n") == 1 and ranks[1][1] == "", ranks
