@@ -81,9 +81,7 @@ class Args(Flags):
     base_lr: float = 2.0
     warmup_epochs: float = 4
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # how the learning rate follows the batch size (appendix B.1)
-    loss: Literal["supcon", "eps_supcon", "eps_supinfonce", "yaware", "thr", "exp"] = (
-        "supcon"  # a row of the table above
-    )
+    loss: Literal["supcon", "eps_supcon", "eps_supinfonce", "yaware", "thr", "exp"] = "supcon"  # see the top
     temperature: float = 0.2  # T (0.1 in all of the papers)
     epsilon: float = 0.25  # eps_supcon, eps_supinfonce: the margin, in units of T (the paper: 0.1 to 0.5)
     sigma: float = 1.0  # yaware, thr, exp: width of the kernel, in the unit of the targets
@@ -344,4 +342,23 @@ if __name__ == "__main__":
 
 # ------------------------------------------ where this file, the papers and their codes differ
 #
-# TABLE
+# (–: it does not say)  here                               papers        codes
+#
+# SupCon, size          as printed                         the same      times T / 0.07 (PyTorch), times T (TensorFlow)
+# image without others  its other view is there            –             the same; NaN with one view, before Dec. 2023
+#   of its class
+# unlabelled images     classes of their own               –             –
+# epsilon losses        exact                              the same      times T / 0.07; 1e-6 more in the logarithm
+# y-aware               a row of weights sums to 1         the same      twice that, and the columns sum to 1
+# L_thr                 divided by the sum of all w        of w_t < w_k  one denominator per anchor, with other weights
+# k without a farther   no term                            –             –
+#   t, in L_thr
+# L_exp                 as printed                         the same      T s - 1 for T s (1), and k in the denominator
+# kernel                1 for equal targets                –             divided by sqrt(2 pi) sigma, if "gaussian"
+# weight decay          not on biases and BatchNorm        –             SupCon: on all
+# projector             with BatchNorm, as in simclr.py    without       without
+# views                 simclr.py's                        AutoAugment   PyTorch: no blur; y-aware: of 3-D images
+#
+# (1) The largest cosine of each row, 1, is subtracted before the factor 1 - w, which changes this loss. Divided as
+# printed, L_thr goes to minus infinity with the few far images that are left. What is not the loss: see the table in
+# simclr.py.
