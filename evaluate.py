@@ -314,8 +314,8 @@ def ridge_regression(
     def squared_error(heads: tuple[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return (predictions(x, *heads) - y[:, None]).square().mean(0)  # m
 
-    mean, std = moments(train_x)
-    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+    _, std = moments(train_x)
+    train_x, test_x = train_x / std, test_x / std
     train_y, test_y = train_y.double(), test_y.double()
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(train_x))).to(train_x.device)
     held_out, rest = order[: max(1, len(order) // 10)], order[max(1, len(order) // 10) :]
