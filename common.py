@@ -1100,6 +1100,8 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 
 # The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
+# What a ResNet and torchvision's vision transformer consist of, by their first convolution.
+_TRUNKS = {"conv1.weight": r"(conv1|bn1|layer[1-4])\..*", "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -1116,11 +1118,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         refuse(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
         refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
-    prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
-    if prefix is None:
+    prefix, first = next(((p, f) for p in _PREFIXES for f in _TRUNKS if p + f in state), ("", ""))
+    if not first:
         refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
-    trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
-    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
+    trunk = {name: re.match(f"{re.escape(prefix)}({_TRUNKS[first]})", name) for name in state}
+    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]}
+    left_out -= {"fc", "heads"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         print(f"{file}: left out {', '.join(sorted(left_out))}", file=sys.stderr, flush=True)
     return {match[1]: state[name] for name, match in trunk.items() if match}

@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from common import (
@@ -310,7 +311,8 @@ def finetune(
     if not loss.isfinite():
         abort(f"the loss is {loss.item()}: training diverged; lower --lr-backbone and --lr-head")
     if rank_and_world()[0] == 0:
-        weights = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}
+        classifier = "fc." if hasattr(net, "fc") else "heads.head."
+        weights = net.state_dict() | {classifier + name: value for name, value in head.state_dict().items()}
         atomic_save(Path(args.output, "finetuned.pt"), {name: value.cpu() for name, value in weights.items()})
     top = judge.features(model, test).topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
@@ -513,6 +515,19 @@ def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
     refuse(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
 
 
+def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> tuple[nn.Module, int]:
+    """torchvision's vision transformer whose state dict this is, without its classifier, and its width."""
+    (d, _, patch, _), tokens = state["conv_proj.weight"].shape, state["encoder.pos_embedding"].shape[1]
+    side, blocks = patch * math.isqrt(tokens - 1), sum(key.endswith("ln_1.weight") for key in state)
+    if side != image_size:
+        refuse(f"{name} is a vision transformer for images of {side} pixels: give --image-size {side}")
+    heads = 16 if d == 1280 else d // 64  # shapes do not tell; these are those of all in torchvision
+    hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
+    net = torchvision.models.VisionTransformer(side, patch, blocks, heads, d, hidden)
+    net.heads = nn.Identity()
+    return net, d
+
+
 def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
@@ -531,8 +546,11 @@ def main(args: Args) -> dict[str, Any]:
     if args.protocol == "knn" and args.k > len(train):
         refuse(f"--k {args.k} is more than the {len(train)} labelled training images")
     torch.manual_seed(args.seed)
-    arch, stem = describe_weights(state, args.weights)
-    net, width = backbone(arch, stem, zero_init=False)
+    if "conv_proj.weight" in state:
+        arch, (net, width) = "vit", vision_transformer(state, args.weights, args.image_size)
+    else:
+        arch, stem = describe_weights(state, args.weights)
+        net, width = backbone(arch, stem, zero_init=False)
     if not args.scratch:
         net.load_state_dict(state)
     net = net.to(device, compute.dtype, memory_format=torch.channels_last)

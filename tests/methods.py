@@ -30,6 +30,11 @@ SMALL = {
 }
 METHODS = list(SMALL)
 
+# The same for those in more/.
+MORE = {
+    "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
+}
+
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
 TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
 
@@ -56,7 +61,7 @@ def module(method: str):
 def tiny(method: str, run_dir: Path, **flags):
     """The method's Args for a run of 12 steps on 64 images."""
     return module(method).Args(
-        **{**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
+        **{**TINY, "data_dir": small_folder(), **(SMALL | MORE)[method], "run_dir": str(run_dir), **flags}
     )
 
 
@@ -69,8 +74,8 @@ def narrow(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 
 def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str]:
     """The same run as a command line."""
-    flags = {**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
-    line = [str(ROOT / f"{method}.py")]
+    flags = {**TINY, "data_dir": small_folder(), **(SMALL | MORE)[method], "run_dir": str(run_dir), **flags}
+    line = [str(ROOT / ("more" if method in MORE else "") / f"{method}.py")]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
