@@ -316,7 +316,7 @@ def update_center(center: Tensor, teacher: list[Tensor], momentum: float) -> Ten
     """The next centre (K), eq. 4, from this rank's logits (n, K) of each view the teacher saw: the mean is over the
     images of all ranks.
     """
-    mean = all_gather(torch.cat([*teacher]).to(center.dtype).mean(0, keepdim=True)).mean(0)  # K
+    mean = all_gather(torch.cat([full_precision(t) for t in teacher]).mean(0, keepdim=True)).mean(0)  # K
     return momentum * center + (1 - momentum) * mean
 
 
@@ -413,3 +413,24 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file, the paper and the official code differ
+#
+# (–: it does not say)   here                                  paper                  official code
+#
+# teacher temperature    its warm-up is linear in steps        linear                 linear, epoch by epoch
+# vision transformer     torchvision's: no stochastic depth,   DeiT's (1)             stochastic depth 0.1 in the student,
+#                        its initial weights                                          truncated normal weights
+# logits                 in float32 under autocast, too (2)    –                      fp16, or bf16
+# first layers' rate     0 at the first step                   –                      the same; its warm-up ends, and its
+#                                                                                     cosine stops, one step earlier
+# last layer             frozen and normalised, in every       so for the first       frozen for the first epoch;
+#                        recipe; --no-norm-last-layer          epoch; –               normalised but for ViT-S
+# ResNet-50              100 epochs, batch 512, SGD            800 epochs, 4080       as here in its README
+# blur's kernel          Gaussian, a tenth of the image wide   –                      Pillow's box approximation
+# small images           two crops, few outputs, a fast        –                      –
+#                        teacher and BatchNorm in the head
+#
+# (1) Patches of 16 or 8; ViT-S has a width of 384, 12 blocks and 6 heads. `vit_tiny` is ours: patches of 4, a width of
+#     128, 4 blocks and 2 heads.
+# (2) In bf16 a logit near 1 is exact to 1/256, a tenth of T_t.

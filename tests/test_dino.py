@@ -206,8 +206,8 @@ def test_computes_in_float32_whatever_the_network_computed_in(half):
 
 @given(logits(bound=1.0), st.sampled_from([1e-3, 1e3]))
 def test_no_logit_is_too_large(drawn, temperature):
-    student, teacher, center = ([t.float().requires_grad_() for t in each] for each in drawn[:2]), drawn[2].float()
-    (student, teacher), center = student, center
+    student, teacher = ([t.float().requires_grad_() for t in each] for each in drawn[:2])
+    center = drawn[2].float()
     loss, terms = dino_loss(student, teacher, center, temperature, temperature)
     loss.backward()
     assert torch.stack([loss, *terms.values()]).isfinite().all()
@@ -349,7 +349,6 @@ def test_the_student_sees_all_views_and_the_teacher_the_large_ones(monkeypatch):
         z, logits = model(images(5))
     assert logits[0].dtype == torch.float32
     close(logits[0], z[0] @ model.head.last.weight.T)
-    assert DINO(dataclasses.replace(SMALL, norm_last_layer=False)).head.last.parametrizations.weight[0] is not None
 
 
 def test_the_last_layers_norm_is_trained_on_request(monkeypatch):
@@ -364,7 +363,7 @@ def test_a_vision_transformer_is_torchvisions_at_its_size_and_takes_smaller_imag
     x = torch.rand(2, 3, 16, 16)
     close(net(x), torchvision.models.VisionTransformer.forward(net, x))
     assert net(torch.rand(2, 3, 8, 8)).shape == (2, 128)
-    net(torch.rand(2, 3, 8, 8)).sum().backward()
+    net(torch.rand(2, 3, 8, 8))[:, 0].sum().backward()  # the sum of all is LayerNorm's constant
     assert (net.encoder.pos_embedding.grad[0, 1:].abs().sum(1) > 0).all()
 
 
@@ -492,25 +491,23 @@ def test_a_run_that_was_stopped_continues_to_the_same_checkpoint(run, optimizer)
 
 # ------------------------------------------------------------------------------------------------------- collapse
 
-LONG = dict(optimizer="sgd", base_lr=20.0, epochs=40, log_every=5, small_crops=0, freeze_last_layer_epochs=0.0)
+LONG = dict(image_size=16, batch_size=16, head_hidden=32, head_dim=16, outputs=16, optimizer="adamw", base_lr=0.1)
+LONG |= dict(epochs=30, log_every=10, save_every=99, warmup_epochs=0, weight_decay=0.0, freeze_last_layer_epochs=0.0)
 
 
 @pytest.mark.parametrize(
-    "flags, said",
+    "flags, told",
     [
-        ({"teacher_temperature": 0.1}, "gives all outputs alike"),
+        ({}, ""),
+        ({"teacher_temperature": 0.1}, "the teacher gives all outputs alike"),
         ({"centering": False}, "one output wins for all images"),
     ],
 )
-def test_without_sharpening_or_centring_it_collapses_and_says_so(run, flags, said, capsys):
-    run("sick", **LONG, **flags)
-    told = capsys.readouterr()
-    assert "warning: collapse at step" in told.err and said in told.err
-
-
-def test_with_both_it_does_not_collapse(run, capsys):
-    run("healthy", **LONG)
-    assert "output" not in capsys.readouterr().err
+def test_without_sharpening_or_centring_it_collapses_and_says_so_once(flags, told, tmp_path, monkeypatch, capsys):
+    quick.trainer(dino, Args(**LONG, **flags), 32, tmp_path, monkeypatch)()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "output" in line]
+    assert len(lines) == bool(told)
+    assert not told or (lines[0].startswith("warning: collapse at step") and told in lines[0])
 
 
 # ---------------------------------------------------------------------------------------------------------- flags
