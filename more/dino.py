@@ -69,7 +69,9 @@ from common import (
 
 @dataclass
 class Args(Flags):
-    base_lr: float = 2.0
+    batch_size: int = 64
+    epochs: int = 10
+    base_lr: float = 4.0
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"  # momentum 0.9 in lars and sgd; adamw for a vision transformer
     weight_decay_end: float = 0.0  # weight decay at the last step, where a cosine leads to; 0: as at the first
     outputs: int = 64  # K; the paper: 65536
@@ -78,14 +80,14 @@ class Args(Flags):
     head_batchnorm: bool = True  # in the head; the paper: none with a vision transformer
     norm_last_layer: bool = True  # the last layer's rows keep the norm 1, so that logits are cosines
     student_temperature: float = 0.1  # T_s
-    teacher_temperature: float = 0.04  # T_t; as high as T_s, nothing is sharpened, and training collapses
+    teacher_temperature: float = 0.02  # T_t, the paper: 0.04; as high as T_s nothing is sharpened: training collapses
     teacher_temperature_start: float = 0.04  # where T_t starts, if it has a warm-up
     teacher_warmup_epochs: float = 0  # in which T_t rises linearly
     centering: bool = True  # subtract c; without it, training collapses
-    center_momentum: float = 0.9  # m_c, share of c that a step keeps
+    center_momentum: float = 0.5  # m_c, share of c that a step keeps: the centre has to be faster than the teacher
     teacher_momentum: float = 0.9  # m at the first step: the share of itself that the teacher keeps
     freeze_last_layer_epochs: float = 1  # leave the last layer as it is for this many epochs
-    clip_grad: float = 3.0  # largest norm of each parameter's gradient; 0: do not clip
+    clip_grad: float = 0.1  # largest norm of each parameter's gradient; the paper: 3; 0: do not clip
     small_crops: int = 0  # views beside the two large ones; the paper, for large images: 8
     small_size: int = 16  # their side in pixels
     small_scale: tuple[float, float] = (0.14, 0.4)  # share of the area that they keep (ImageNet: 0.05 to 0.14)
@@ -102,8 +104,8 @@ RECIPES = {
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=256, warmup_epochs=10, base_lr=0.3, crop_min_scale=0.08, solarize=True, outputs=4096,
-        head_hidden=2048, head_dim=256, head_batchnorm=False, teacher_temperature=0.07, teacher_momentum=0.9995,
-        clip_grad=0.0,
+        head_hidden=2048, head_dim=256, head_batchnorm=False, teacher_temperature=0.07, center_momentum=0.9,
+        teacher_momentum=0.9995, clip_grad=0.0,
     ),
     # The official README's ResNet-50. Its vision transformer: --arch vit_small --optimizer adamw --base-lr 5e-4
     # --weight-decay 0.04 --weight-decay-end 0.4 --no-norm-last-layer --crop-min-scale 0.4 --small-scale 0.05 0.4
@@ -112,7 +114,8 @@ RECIPES = {
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=512, epochs=100, warmup_epochs=10, base_lr=0.03, optimizer="sgd", weight_decay=1e-4,
         crop_min_scale=0.14, blur=True, solarize=True, outputs=65536, head_hidden=2048, head_dim=256,
-        head_batchnorm=False, teacher_momentum=0.996, small_crops=8, small_size=96, small_scale=(0.05, 0.14),
+        head_batchnorm=False, teacher_temperature=0.04, center_momentum=0.9, teacher_momentum=0.996, clip_grad=3.0,
+        small_crops=8, small_size=96, small_scale=(0.05, 0.14),
     ),
 }  # fmt: skip
 
@@ -416,21 +419,22 @@ if __name__ == "__main__":
 
 # ------------------------------------------ where this file, the paper and the official code differ
 #
-# (–: it does not say)   here                                  paper                  official code
+# (–: it does not say)  here                                   paper             official code
 #
-# teacher temperature    its warm-up is linear in steps        linear                 linear, epoch by epoch
-# vision transformer     torchvision's: no stochastic depth,   DeiT's (1)             stochastic depth 0.1 in the student,
-#                        its initial weights                                          truncated normal weights
-# logits                 in float32 under autocast, too (2)    –                      fp16, or bf16
-# first layers' rate     0 at the first step                   –                      the same; its warm-up ends, and its
-#                                                                                     cosine stops, one step earlier
-# last layer             frozen and normalised, in every       so for the first       frozen for the first epoch;
-#                        recipe; --no-norm-last-layer          epoch; –               normalised but for ViT-S
-# ResNet-50              100 epochs, batch 512, SGD            800 epochs, 4080       as here in its README
-# blur's kernel          Gaussian, a tenth of the image wide   –                      Pillow's box approximation
-# small images           two crops, few outputs, a fast        –                      –
-#                        teacher and BatchNorm in the head
+# vision transformer    torchvision's and its initial weights  DeiT's (1)        stochastic depth 0.1 in the student;
+#                                                                                truncated normal weights
+# teacher temperature   its warm-up is linear in steps         linear            linear, epoch by epoch
+# schedules             of all steps                           –                 end one step early
+# last layer            normalised; ViT-S: as a flag           –                 normalised, but not for ViT-S
+# logits                in float32 under autocast, too (2)     –                 fp16 or bf16
+# ResNet-50             100 epochs, batch 512, SGD             800, 4080, LARS   as here, in its README
+# blur's kernel         Gaussian, a tenth of the image wide    –                 Pillow's box approximation
+# small images          few outputs, sharper targets, a fast   –                 –
+#                       teacher and a faster centre (3), and
+#                       BatchNorm in the head, in `quick`
 #
 # (1) Patches of 16 or 8; ViT-S has a width of 384, 12 blocks and 6 heads. `vit_tiny` is ours: patches of 4, a width of
-#     128, 4 blocks and 2 heads.
-# (2) In bf16 a logit near 1 is exact to 1/256, a tenth of T_t.
+#     128, 4 blocks and 2 heads. Its positions are resized for small crops, as in the official code.
+# (2) In bf16 a logit near 1 is exact to 1/256, and T_t magnifies that.
+# (3) At first no view can be told from another, and the student learns what the teacher says on average. A centre that
+#     lags behind the teacher lets that average grow, until few outputs are used.
