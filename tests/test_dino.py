@@ -401,7 +401,8 @@ def test_the_centre_is_used_before_it_is_updated_and_kept(run, monkeypatch):
         return dino_loss(student, teacher, center, *temperatures)
 
     monkeypatch.setattr(dino, "dino_loss", spy)
-    flags = {"center_momentum": 0.75, "teacher_temperature_start": 0.02, "teacher_warmup_epochs": 2.0}
+    flags = {"center_momentum": 0.75, "teacher_temperature": 0.04}
+    flags |= {"teacher_temperature_start": 0.02, "teacher_warmup_epochs": 2.0}
     saved = run(max_steps=3, **flags)
     want = torch.zeros(12)
     for center, teacher, _ in seen:
