@@ -16,12 +16,13 @@ always wins. Centring prevents the second and invites the first; sharpening, T_t
 and with a teacher that moves slowly, they balance (section 5.3). `--no-centering` or `--teacher-temperature 0.1` takes
 one of them away: it collapses. Multi-crop: from small crops of small parts the student predicts, and they have no q.
 
-What you should see: the loss starts a little under log K (4.2 at K = 64) and falls; `entropy`, that of q, falls with
-it and stays above 0; `entropy_of_mean`, that of the mean of q over the batch, stays near log K: all outputs are used.
-Signs of trouble, which are warned of: `entropy` at log K (and the loss stays there), `entropy_of_mean` near 0.
+What you should see: the loss starts at log K (4.2 at K = 64), or a little above it where T_t is as low as in `quick`,
+and falls, to about 1; `entropy`, that of q, falls with it and stays above 0; `entropy_of_mean`, that of the mean of q
+over the batch, stays well above it: different images have different outputs. Signs of trouble, which are warned of:
+`entropy` at log K, where the loss then stays, too; `entropy_of_mean` near 0, and the loss with it.
 
     python more/dino.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
-    python more/dino.py --arch vit_tiny --optimizer adamw --base-lr 0.001 --weight-decay 0.04    a vision transformer
+    python more/dino.py --arch vit_tiny --optimizer adamw --base-lr 0.002 --weight-decay 0.04 --epochs 5
 
 The teacher is what is judged, and kept in encoder.pt and heads.pt. A vision transformer's encoder.pt is torchvision's:
 
