@@ -85,8 +85,8 @@ class Args(Flags):
     teacher_temperature_start: float = 0.04  # where T_t starts, if it has a warm-up
     teacher_warmup_epochs: float = 0  # in which T_t rises linearly
     centering: bool = True  # subtract c; without it, training collapses
-    center_momentum: float = 0.5  # m_c, share of c that a step keeps: the centre has to be faster than the teacher
-    teacher_momentum: float = 0.9  # m at the first step: the share of itself that the teacher keeps
+    center_momentum: float = 0.2  # m_c, share of c that a step keeps: the centre has to be faster than the teacher
+    teacher_momentum: float = 0.95  # m at the first step: the share of itself that the teacher keeps
     freeze_last_layer_epochs: float = 1  # leave the last layer as it is for this many epochs
     clip_grad: float = 0.1  # largest norm of each parameter's gradient; the paper: 3; 0: do not clip
     small_crops: int = 0  # views beside the two large ones; the paper, for large images: 8

@@ -349,6 +349,9 @@ def test_the_student_sees_all_views_and_the_teacher_the_large_ones(monkeypatch):
         z, logits = model(images(5))
     assert logits[0].dtype == torch.float32
     close(logits[0], z[0] @ model.head.last.weight.T)
+    model.eval()
+    for one, x in zip(model(images(5))[0], images(5), strict=True):  # in the order of the views
+        close(one, model.head(model.backbone(x))[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_last_layers_norm_is_trained_on_request(monkeypatch):
