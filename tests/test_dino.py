@@ -514,6 +514,13 @@ def test_without_sharpening_or_centring_it_collapses_and_says_so_once(flags, tol
     assert not told or (lines[0].startswith("warning: collapse at step") and told in lines[0])
 
 
+def test_sharp_and_even_outputs_are_no_collapse(capsys):
+    for entropy, entropy_of_mean in ((0.01, 2.7), (2.6, 2.77), (0.5, 0.6)):
+        terms = {"entropy": torch.tensor(entropy), "entropy_of_mean": torch.tensor(entropy_of_mean)}
+        assert dino.warn_of_collapse(1, terms, 16, "") == ""  # log 16 = 2.77
+    assert capsys.readouterr().err == ""
+
+
 # ---------------------------------------------------------------------------------------------------------- flags
 
 WRONG = {
