@@ -1486,6 +1486,8 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 
 # The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
+# What a ResNet and torchvision's vision transformer consist of, by their first convolution.
+_TRUNKS = {"conv1.weight": r"(conv1|bn1|layer[1-4])\..*", "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -1508,16 +1510,17 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             state = state[container]
     entries = state.items() if isinstance(state, dict) else ()
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): weight for name, weight in entries}
-    prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
-    if prefix is None:
+    prefix, first = next(((p, f) for p in _PREFIXES for f in _TRUNKS if p + f in state), ("", ""))
+    if not first:
         refuse(f"{file} holds no ResNet: it has no entry conv1.weight, alone or behind a prefix known here")
-    trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    trunk = {name: re.match(f"{re.escape(prefix)}({_TRUNKS[first]})", name) for name in state}
     for name, weight in ((name, state[name]) for name, match in trunk.items() if match):
         dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
         if not dense or not (weight.is_floating_point() or name.endswith("num_batches_tracked")):
             kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
-    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
+    left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]}
+    left_out -= {"fc", "heads"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}

@@ -52,6 +52,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from common import (
@@ -385,7 +386,9 @@ def finetune(
         abort("the logits of the test images are not finite: training diverged; lower --lr-backbone and --lr-head")
     top = logits.topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
-    weights, file = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}, io.BytesIO()
+    classifier = "fc." if hasattr(net, "fc") else "heads.head."  # as torchvision names it
+    weights = net.state_dict() | {classifier + name: value for name, value in head.state_dict().items()}
+    file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in weights.items()}, file)
     return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}, file.getvalue()
 
@@ -623,8 +626,14 @@ def append(file: Path, line: str) -> None:
             raise OSError("the disk is full")
 
 
-def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
-    """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
+def describe_weights(state: dict[str, Tensor], name: str, image_size: int) -> tuple[str, str]:
+    """(arch, stem) of the ResNet whose state dict this is, read off its shapes; ("vit", "") of a vision transformer."""
+    if "conv_proj.weight" in state:
+        with torch.device("meta"):
+            net, _ = vision_transformer(state, name, image_size)
+        if faults := misfits(net, state):
+            refuse(f"{name} holds the weights of no vision transformer known here: {faults[0]}")
+        return "vit", ""
     stem = "small" if state["conv1.weight"].shape[2:] == (3, 3) else "imagenet"
     faults = {}
     for arch in ARCHITECTURES:
@@ -637,11 +646,27 @@ def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
     refuse(f"{name} holds the weights of no ResNet known here; it is nearest to {nearest}, but {faults[nearest][0]}")
 
 
+def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> tuple[nn.Module, int]:
+    """torchvision's vision transformer whose state dict this is, without its classifier, and its width."""
+    try:
+        (d, _, patch, _), tokens = state["conv_proj.weight"].shape, state["encoder.pos_embedding"].shape[1]
+        hidden = len(state["encoder.layers.encoder_layer_0.mlp.0.weight"])
+    except (KeyError, ValueError, IndexError) as error:
+        refuse(f"{name} holds the weights of no vision transformer known here: {error}")
+    side, blocks = patch * math.isqrt(tokens - 1), sum(key.endswith("ln_1.weight") for key in state)
+    if side != image_size:
+        refuse(f"{name} is a vision transformer for images of {side} pixels: give --image-size {side}")
+    heads = 16 if d == 1280 else d // 64  # shapes do not tell; these are those of all in torchvision
+    net = torchvision.models.VisionTransformer(side, patch, blocks, heads, d, hidden)
+    net.heads = nn.Identity()
+    return net, d
+
+
 def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
     args, state = complete(args)
-    arch, stem = describe_weights(state, args.weights)
+    arch, stem = describe_weights(state, args.weights, args.image_size)
     device = start_processes()
     compute, scaler = compute_in(args.precision, device)
     judge = Judge(args.image_size, args.mean, args.std, compute, args.workers)
@@ -666,7 +691,10 @@ def main(args: Args) -> dict[str, Any]:
     if known == "targets" and test.targets.min() == test.targets.max():
         refuse("all test images have the same target: there is no variance to explain")
     torch.manual_seed(args.seed)
-    net, width = backbone(arch, stem, zero_init=False)
+    if arch == "vit":
+        net, width = vision_transformer(state, args.weights, args.image_size)
+    else:
+        net, width = backbone(arch, stem, zero_init=False)
     if not args.scratch:
         net.load_state_dict(state)
     net = net.to(device, compute.dtype, memory_format=torch.channels_last)
