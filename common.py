@@ -1141,7 +1141,10 @@ def read_targets(table: Path, files: np.ndarray) -> Tensor:
         with open(table, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file)
             for cells in filter(None, lines):
-                name, value = (cells[0], as_number(cells[1])) if len(cells) == 2 else ("", math.nan)
+                try:
+                    name, value = cells[0], float(*cells[1:] or [""])
+                except (TypeError, ValueError):  # more cells than two, or no number
+                    name, value = cells[0], math.nan
                 row = index.get(os.fsencode(os.path.join(table.parent, os.path.normpath(name))))
                 if lines.line_num == 1 and row is None and math.isnan(value):
                     continue  # the heading
@@ -1159,14 +1162,6 @@ def read_targets(table: Path, files: np.ndarray) -> Tensor:
     if strange:
         warn(f"{table}: {len(strange)} lines name no image, the first is line {names[strange[0]]}, {strange[0]}")
     return targets
-
-
-def as_number(text: str) -> float:
-    """NaN for what is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def list_images(root: Path) -> tuple[np.ndarray, list[tuple[str, ...]], list[str]]:
