@@ -186,11 +186,6 @@ def compare(z1: Tensor, z2: Tensor, temperature: float) -> tuple[Tensor, Tensor,
     return s, same_image, itself
 
 
-def without(s: Tensor, left_out: Tensor) -> Tensor:
-    """`s` with the least number there is where `left_out`: exp of it is 0, and unlike -inf, no sum of it is NaN."""
-    return s.masked_fill(left_out, torch.finfo(s.dtype).min)
-
-
 def weighted_loss(
     s: Tensor, weight: Tensor, log_denominator: Tensor, same_image: Tensor, itself: Tensor, temperature: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -204,7 +199,7 @@ def weighted_loss(
     with torch.no_grad():
         positive = temperature * s[same_image & ~itself].mean()
         same = temperature * (share * s).sum(1).mean()
-        nearest = without(s, itself).argmax(1, keepdim=True)  # 2n×1
+        nearest = s.masked_fill(itself, -torch.inf).argmax(1, keepdim=True)  # 2n×1
         accuracy = weight.gather(1, nearest).mean()
     return loss, {"positive": positive, "same": same, "accuracy": accuracy}
 
@@ -226,9 +221,9 @@ def supcon_loss(
         same = (labels[my_rows(len(labels))][:, None] == labels) & (labels >= 0)  # n×N
         same = same.repeat(2, 2) | same_image  # 2n×2N
         if keep_positives:
-            log_denominator = without(s - epsilon * same, itself).logsumexp(1, keepdim=True)  # 2n×1
+            log_denominator = (s - epsilon * same).masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)  # 2n×1
         else:
-            log_negatives = without(s, same).logsumexp(1, keepdim=True)  # 2n×1
+            log_negatives = s.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)  # 2n×1
             log_denominator = torch.logaddexp(s - epsilon, log_negatives)  # 2n×2N
         weight = (same & ~itself).to(s.dtype)  # 2n×2N
         return weighted_loss(s, weight, log_denominator, same_image, itself, temperature)
@@ -250,7 +245,7 @@ def log_sum_of_others(s: Tensor) -> Tensor:
 
     To take exp(s_k) from the sum of all would lose every digit where k is most of it.
     """
-    none = torch.full_like(s[:, :1], torch.finfo(s.dtype).min)
+    none = torch.full_like(s[:, :1], -torch.inf)
     before = torch.cat([none, s[:, :-1].logcumsumexp(1)], 1)
     behind = torch.cat([s[:, 1:].flip(1).logcumsumexp(1).flip(1), none], 1)
     return torch.logaddexp(before, behind)
@@ -282,11 +277,11 @@ def yaware_loss(
         kernel = kernel.repeat(2, 2).masked_fill(same_image, 1.0)  # 2n×2N
         weight = kernel.masked_fill(itself, 0.0).to(s.dtype)  # 2n×2N
         if repel == "all":
-            log_denominator = without(s, itself).logsumexp(1, keepdim=True)  # 2n×1
+            log_denominator = s.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)  # 2n×1
         elif repel == "thr":
             log_denominator = log_sum_of_farther(s, kernel.masked_fill(itself, 2.0))  # itself: nearer than all others
         else:
-            log_denominator = log_sum_of_others(without(s * (1 - weight), itself))  # 2n×2N
+            log_denominator = log_sum_of_others((s * (1 - weight)).masked_fill(itself, -torch.inf))  # 2n×2N
         return weighted_loss(s, weight, log_denominator, same_image, itself, temperature)
 
 
