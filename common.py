@@ -401,7 +401,7 @@ class Run:
             gain = f"; online kNN from {knn[0]} (untrained) to {knn[1]}" if len(knn) == 2 else ""
             say(f"done     {steps} steps in {clock(time.perf_counter() - self.began)}{gain}")
         say(f"encoder  {path / 'encoder.pt'}")
-        protocol, script = "linear" if self.test else "diagnose", Path(__file__).with_name("evaluate.py")
+        protocol, script = "linear" if self.test else "diagnose", Path(__file__).resolve().with_name("evaluate.py")
         say(f"next     {shlex.join(['python', os.path.relpath(script), str(path), '--protocol', protocol])}")
         if not self.test:
             say("         the other protocols need labels: --data-dir with train/<class>/* and val/<class>/*")

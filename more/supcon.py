@@ -84,7 +84,7 @@ class Args(Flags):
     loss: Literal["supcon", "eps_supcon", "eps_supinfonce", "yaware", "thr", "exp"] = "supcon"  # see the top
     temperature: float = 0.2  # T (0.1 in all of the papers)
     epsilon: float = 0.25  # eps_supcon, eps_supinfonce: the margin, in units of T (the paper: 0.1 to 0.5)
-    sigma: float = 1.0  # yaware, thr, exp: width of the kernel, in the unit of the targets
+    sigma: float = 0.5  # yaware, thr, exp: width of the kernel, in the unit of the targets (a quarter of their std)
     projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
     projector_dim: int = 128  # d, width of the embeddings
     jitter_strength: float = 0.5  # s, strength of the colour jitter (appendix A: 1; appendix B.9: 0.5 for small images)

@@ -5,6 +5,7 @@ import copy
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 import vectors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from methods import metrics, narrow, small_folder, tiny
+from methods import ROOT, metrics, narrow, small_folder, tiny
 from PIL import Image
 from strategies import numbers, pairs
 from supcon import supcon_loss, yaware_loss
@@ -408,12 +409,15 @@ def test_flags_labels_and_targets_reach_the_loss(flags, want, tmp_path, monkeypa
     assert [round(value - 1000) for value in y] == seen[0] == seen[1]
 
 
-def test_a_run_that_was_stopped_continues_to_the_same_checkpoint_and_can_be_evaluated(tmp_path, capsys):
+def test_a_run_that_was_stopped_continues_to_the_same_checkpoint_and_can_be_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "__file__", str(ROOT / "more" / "common.py"))  # as the program has it
     whole, stopped, data = tmp_path / "whole", tmp_path / "stopped", with_targets(tmp_path / "images")
     last = supcon.main(tiny("supcon", whole, loss="thr", data_dir=data))
     supcon.main(tiny("supcon", stopped, max_steps=5, loss="thr", data_dir=data))
     supcon.main(tiny("supcon", stopped, loss="thr", data_dir=data))
-    assert "continuing after step 5 of 12" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "continuing after step 5 of 12" in said
+    assert Path(re.findall("^next +python ([^ ]+)", said, re.M)[-1]).resolve() == ROOT / "evaluate.py"
     a, b = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, stopped))
     close(a["model"], b["model"], rtol=0, atol=0)
     close(a["optimizer"]["state"], b["optimizer"]["state"], rtol=0, atol=0)
