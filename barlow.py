@@ -16,7 +16,7 @@ What you should see: the loss starts near d, since the two views are hardly corr
 there. The loss need not come near 0: with n images, C has rank n - 1 at most, so where d is larger it stays above
 d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1. This bound is 36 at n = 128, d = 1024 and 124 in recipe imagenet.
 Signs of trouble: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near
-d², or `rank` sticks at a few (the dimensions repeat each other).
+d², or the effective rank sticks at a few (the dimensions repeat each other).
 
     python barlow.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 

@@ -19,8 +19,9 @@ VICReg paper does it (arXiv 2105.04906, table 4, appendix C.4: in its own runs o
 without, 70.2 % with variance, 69.5 % with both), each normalised as in `vicreg.py`.
 
 What you should see: the loss, at most 8, starts near 4 (cosine 0 in both directions) and falls quickly; it may rise
-again once the target tells images apart, so a low loss alone is no sign of good features. `std` stays of the order of
-1/sqrt(d), which is printed beside it. Signs of trouble: the loss near 0 with `std` near 0 or `rank` near 1.
+again once the target tells images apart, so a low loss alone is no sign of good features. `spread`, the standard
+deviation of the normalised projections over its isotropic value 1/sqrt(d), stays of the order of 1. Signs of trouble:
+the loss near 0 with `spread` near 0 or the effective rank near 1.
 
     python byol.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 

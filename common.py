@@ -11,10 +11,11 @@ In the order in which a method's `main` meets it:
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
 
-Copy what you need: README.md lists what each piece needs.
+Copy what you need: docs/pieces.md lists what each piece needs.
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -23,14 +24,17 @@ import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
 import time
 import typing
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +73,8 @@ def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
     """One line per machine, or from every rank that calls."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1
     if first or every_rank:
+        color = ("31" if "error" in kind else "33") if sys.stderr and sys.stderr.isatty() else ""  # red or yellow
+        kind = f"\033[{color}m{kind}\033[0m" if color else kind
         tell(f"{kind}: {' '.join(message.splitlines())}", "stderr")
 
 
@@ -299,9 +305,9 @@ class Run:
         self.state = {**state, "scaler": self.scaler}
         self.encoder = encoder or state["model"].backbone
         self.folder.open()
-        self._say_what_is_trained()
         saved = self.folder.restore(self.state) or {"step": 0, "log_bytes": 0}
-        self.first_step = saved["step"]
+        self.first_step, self.began = saved["step"], time.perf_counter()
+        self._say_what_is_trained()
         if self.first_step > 0:
             say(f"continuing after step {self.first_step} of {self.last_step}")
         if self.first_step >= self.last_step:
@@ -317,13 +323,21 @@ class Run:
         args, train, test = self.args, self.train, self.test
         if args.warmup_epochs >= args.epochs:
             warn(f"--warmup-epochs {args.warmup_epochs:g} of --epochs {args.epochs}: the learning rate only rises")
-        kept = "in memory" if train.pixels is not None else f"decoded by {args.workers} workers per process"
-        scored = f"{len(test)} test images of {len(train.classes)} classes" if test else "no labelled test split"
-        say(f"{self.folder.path}: {len(train)} training images {kept}, {scored}")
-        world, cuda = rank_and_world()[1], self.device.type == "cuda"
-        where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-        batch = f"batch {args.batch_size} = {world} x {args.batch_size // world} on {where}"
-        say(f"{batch}; {self.total_steps} steps, {self.steps_per_epoch} per epoch; base learning rate {args.base_lr:g}")
+        kept = "in memory" if train.pixels is not None else f"decoded by workers ({args.workers} per process)"
+        split = f"of {len(train.classes)} classes; {len(test)} to test on" if test else "no labelled test split"
+        source = f"{args.dataset} {args.data_dir}".strip()
+        say(f"images   {source}: {len(train)} {kept}, {split}")
+        world, threads, cuda = rank_and_world()[1], torch.get_num_threads(), self.device.type == "cuda"
+        shares = f" = {world} x {args.batch_size // world}" * (world > 1)
+        where = torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}"
+        say(f"batch    {args.batch_size}{shares} on {where}; base learning rate {args.base_lr:g}")
+        stop = f"; --max-steps ends the run after {self.last_step}" * (self.last_step < self.total_steps)
+        say(f"steps    {self.total_steps} = {args.epochs} epochs of {self.steps_per_epoch}{stop}")
+        say(f"folder   {self.folder.path}")
+        say("columns  spread of the embeddings: 1 isotropic, 0 a point; effective rank: dimensions they fill")
+        fresh = self.first_step == 0 and args.precision in ("auto", "fp32") and not cuda
+        if fresh and torch.cpu.get_capabilities().get("avx512_bf16"):  # measured once, on an AMD Zen 4: 1.56 times
+            say("hint     this CPU has bf16 instructions: --precision bf16 trains about 1.5 times as fast")
 
     def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
         """(step, its batch) for every step that is left to take."""
@@ -368,11 +382,31 @@ class Run:
 
     def close(self) -> dict[str, float]:
         """Hand back signals and the process group; return the latest value of every metric."""
+        if rank_and_world()[0] == 0 and self.log.latest.get("step") == self.last_step:
+            self._say_what_is_next()
         self.folder.close()
         self.log.close()
         if dist.is_initialized():
             dist.destroy_process_group()
         return self.log.latest
+
+    def _say_what_is_next(self) -> None:
+        path, steps = self.folder.path, self.last_step - self.first_step
+        first = json.loads(self.log.file.read_text().partition("\n")[0])  # of the untrained network, if it was judged
+        knn = [f"{100 * line['knn_top1']:.1f} %" for line in (first, self.log.latest) if "knn_top1" in line]
+        if steps > 0:
+            gain = f"; online kNN from {knn[0]} (untrained) to {knn[1]}" if len(knn) == 2 else ""
+            say(f"done     {steps} steps in {clock(time.perf_counter() - self.began)}{gain}")
+        say(f"encoder  {path / 'encoder.pt'}")
+        protocol, script = "linear" if self.test else "diagnose", Path(__file__).with_name("evaluate.py")
+        say(f"next     {shlex.join(['python', os.path.relpath(script), str(path), '--protocol', protocol])}")
+        if not self.test:
+            say("         the other protocols need labels: --data-dir with train/<class>/* and val/<class>/*")
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss"""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def say(message: str) -> None:  # on the console, from rank 0
@@ -412,9 +446,7 @@ def usual_view(data: "Data") -> int:
     side = int(np.median([min(size) for size in data.sizes()]))
     size = max(size for size in (32, 64, 96) if size <= max(32, side))
     if side >= 96:
-        say(
-            f"images of about {side} pixels are seen at {size}: --image-size, --arch and --batch-size take more of them"
-        )
+        say(f"images of about {side} pixels are seen at {size}; larger views: --image-size, --arch, --batch-size")
     return size
 
 
@@ -444,16 +476,17 @@ class RunFolder:
         mine = json.loads(json.dumps(mine))
         overwrite = self.args.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0
         try:
-            if overwrite and self.path.is_dir() and any(self.path.iterdir()) and not file.exists():
+            there = {entry.name for entry in self.path.iterdir()} - {"lock"} if self.path.is_dir() else set()
+            if overwrite and there and file.name not in there:
                 refuse(f"--overwrite: {self.path} holds no run, so nothing in it was deleted; take another --run-dir")
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            for left in self.path.glob("*.tmp"):  # by a run that was killed while it saved
-                if left.name.startswith(RUN_FILES):
-                    left.unlink()
+            for name in there:
+                if name.startswith(RUN_FILES) and name.endswith(".tmp"):  # of a run that was killed while it saved
+                    (self.path / name).unlink()
             if file.exists() and overwrite:
                 self._delete_run(read_flags(file))
-            if file.exists():
+            elif file.exists():
                 self._compare(read_flags(file), mine)
             atomic_save(file, json.dumps(mine, indent=1).encode())
         except OSError as error:
@@ -477,10 +510,12 @@ class RunFolder:
         events, results = [], self.path / "results.jsonl"
         if old.get("tensorboard"):
             events = [file.name for file in self.path.glob("events.out.tfevents.*")]
-        lines = read_records(results, results.read_bytes()) if results.exists() else []
-        evaluations = [name for line in lines for name in line.get("files", [])]
+        evaluations = []
+        for line in results.read_bytes().splitlines() if results.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is damaged names nothing
+                evaluations += [Path(name).name for name in json.loads(line)["files"]]
         for name in (*evaluations, results.name, *events, *reversed(RUN_FILES)):
-            (self.path / Path(name).name).unlink(missing_ok=True)
+            (self.path / name).unlink(missing_ok=True)
 
     def _compare(self, old: dict[str, Any], mine: dict[str, Any]) -> None:
         """Refuse to go on with a run of another method, of other flags, or, where these come from the data, on it."""
@@ -521,8 +556,10 @@ class RunFolder:
                 continue
             if was != self.dataset:
                 now = self.dataset
-                changed = next(key for key in ("images", "classes", "file names") if was.get(key) != now.get(key))
-                kept = f"{was[changed]} images" if changed == "images" else f"images with other {changed}"
+                changed = [name for name in ("images", "classes", "file names") if was.get(name) != now.get(name)]
+                kept = (
+                    f"{was['images']} images" if "images" in changed else f"images with other {' and '.join(changed)}"
+                )
                 holds = f"--data-dir now holds {now['images']}"
                 refuse(f"{self.path} is of {kept}, and {holds}; take another --run-dir, or --overwrite it")
             return saved
@@ -547,10 +584,8 @@ class RunFolder:
             atomic_save(self.path / "heads.pt", heads)
             atomic_save(self.path / "checkpoint.pt", checkpoint, keep_as=self.path / "checkpoint.previous.pt")
         except (OSError, RuntimeError) as error:
-            kept = (
-                f"the checkpoint of step {self.saved_step} is intact" if self.saved_step else "nothing was saved before"
-            )
-            abort(f"step {step}: cannot save to {self.path} ({error}); {kept}")
+            kept = f"the one of step {self.saved_step} is intact" if self.saved_step else "there is none before it"
+            abort(f"step {step}: cannot save a checkpoint in {self.path} ({error}); {kept}")
         self.saved_step = step
 
     def close(self) -> None:
@@ -560,15 +595,26 @@ class RunFolder:
             os.close(self.lock)
 
 
-def read_flags(file: Path) -> dict[str, Any]:
-    """What a run's args.json holds; a file that holds something else is refused."""
+def read_flags(file: Path, required: bool = True) -> dict[str, Any]:
+    """The flags of the run whose args.json `file` is. Another file, or a damaged one, is refused; if it is not
+    `required`, it is ignored with a warning, and the result is empty.
+    """
     try:
         flags = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        refuse(f"{file} cannot be read ({error}); restore it, or take another folder")
-    if not isinstance(flags, dict) or not {"dataset", "data_dir", "image_size", "mean", "std"} <= flags.keys():
-        refuse(f"{file} does not hold the flags of a run; take another folder")
-    return flags
+        size, epochs, mean, std = (flags[name] for name in ("image_size", "epochs", "mean", "std"))
+        known = flags["dataset"] in typing.get_args(typing.get_type_hints(Flags)["dataset"])
+        known = known and isinstance(flags["data_dir"], str) and type(size) is type(epochs) is int and size > 0
+        if known and len(mean) == len(std) == 3 and min(std) > 0 and all(map(math.isfinite, [*mean, *std])):
+            return flags
+        fault = "values that no run has"
+    except KeyError as error:
+        fault = f"no {error}"
+    except Exception as error:  # what is not ours can hold anything
+        fault = str(error)
+    if required:
+        refuse(f"{file} does not hold the flags of a run ({fault}); restore it, or take another folder")
+    warn(f"{file} does not hold the flags of a run and is ignored ({fault})")
+    return {}
 
 
 def read_records(file: Path, content: bytes) -> list[dict[str, Any]]:
@@ -619,6 +665,7 @@ class Log:
         self.unchecked: list[tuple[int, float, list[str], Tensor]] = []  # (step, lr, names, values) since the last line
         self.collapsed: set[str] = set()  # signs seen at the last line
         self.clock = (time.perf_counter(), 0)  # (time, step) of the last line
+        self.columns, self.lines = [], 0  # (name, width) of each column on the console, and lines so far
 
     def open(self, step: int, size: int) -> None:
         """Keep the first `size` bytes of metrics.jsonl: the steps that were logged beyond `step` are taken again."""
@@ -651,17 +698,25 @@ class Log:
         rate = (step - then_step) / (self.clock[0] - then)  # steps per second
         epoch, images_per_s, health = step / self.steps_per_epoch, rate * self.args.batch_size, embedding_health(z)
         self.write({"step": step, "epoch": epoch, **values, "lr": lr, "images_per_s": images_per_s, **health})
-        left, (std, effective_rank) = (self.last_step - step) / rate, health.values()
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        say(
-            f"epoch {epoch:.1f}/{self.args.epochs}  step {step}/{self.last_step}  {shown}  lr {lr:.3g}  "
-            f"std {std:.4f} of {z.shape[1] ** -0.5:.4f}  rank {effective_rank:.1f}  "
-            f"{images_per_s:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
-        )
+        row = {"epoch": f"{epoch:5.1f}", "step": f"{step:6d}"}
+        for name, value in values.items():  # four decimals, fewer where they make more than seven characters
+            row[name] = min((f"{value:7.{decimals}f}" for decimals in (4, 1, 0)), key=len)
+        row |= {"lr": f"{lr:8.5f}", "spread": f"{health['embedding_std'] * z.shape[1] ** 0.5:6.3f}"}
+        row |= {"effective_rank": f"{health['effective_rank']:7.1f}", "images/s": f"{images_per_s:8.0f}"}
+        self._tell({**row, "time_left": f"{clock((self.last_step - step) / rate):>9}"})
         signs = signs_of_collapse(z, **health)
         for sign in signs.keys() - self.collapsed if rank_and_world()[0] == 0 else ():
             warn(f"collapse at step {step}: {signs[sign]}")
         self.collapsed = set(signs)
+
+    def _tell(self, row: dict[str, str]) -> None:
+        """A line on the console; every 30 lines, and where the columns change, their names above it in two lines."""
+        names = [name.rpartition("_")[::2] for name in row]  # time_left: time over left
+        widths = [max(len(text) for text in (cell, *name)) for cell, name in zip(row.values(), names, strict=True)]
+        header = list(zip(*names, strict=True)) if self.lines % 30 == 0 or self.columns != [names, widths] else []
+        for line in (*header, row.values()):
+            say(" ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+        self.columns, self.lines = [names, widths], self.lines + 1
 
     def check_finite(self) -> dict[str, float]:
         """Loss and terms of the last step, mean over ranks, once those of every step since the last look are finite."""
@@ -674,7 +729,8 @@ class Log:
             row = dict(zip(names[0], row, strict=True))
             broken = ", ".join(f"{name} is {value}" for name, value in row.items() if not math.isfinite(value))
             if broken:
-                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; lower --base-lr")
+                fix = "lower --base-lr" if step > 1 else "no step was taken before: look at the flags and the images"
+                abort(f"step {step}: {broken} at learning rate {lr:.4g}; nothing was saved since; {fix}")
         return row
 
     @contextlib.contextmanager
@@ -1193,6 +1249,8 @@ class ImageFiles(torch.utils.data.Dataset):
         """For each list of keys: its views, (n, 3, size, size) uint8 each, none if that failed; which images they
         are, (n,) int64; and the files that cannot be decoded.
         """
+        if workers:
+            atexit.register(end_workers)
         pin, quiet = torch.cuda.is_available(), keep_signals_to_the_main_process
         options = {"num_workers": workers, "collate_fn": collate, "pin_memory": pin, "worker_init_fn": quiet}
         return iter(torch.utils.data.DataLoader(self, batch_sampler=keys, **options))
@@ -1207,6 +1265,12 @@ def collate(items: list[tuple[list[Tensor] | None, int, list]]) -> tuple[list[Te
 def keep_signals_to_the_main_process(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):  # torchrun and `timeout` send it to all of them
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:  # at exit, for multiprocessing would send them SIGTERM, and wait
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def centre_box(height: int, width: int, size: int) -> list[int]:
@@ -1349,32 +1413,59 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's files hold their flags, too
+        # DINO's files hold their flags, too. Whatever torch warns of is said below, in one line.
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             state = torch.load(file, map_location="cpu", weights_only=True)
-        for container in ("state_dict", "model", "teacher"):
-            state = state[container] if isinstance(state.get(container), dict) else state
-        state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight for name, weight in state.items()}
-    except FileNotFoundError:
-        refuse(f"{file} does not exist")
     except Exception as error:  # a damaged or foreign file can raise almost anything
-        refuse(f"{file} is not a file of weights: {' '.join(str(error).split())[:200]}")
+        if isinstance(error, OSError) and error.filename:  # it was not opened
+            refuse(f"{file} cannot be read: {error.strerror}")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            refuse(f"{file} carries code, which is not run: {code[1]}; save its tensors alone, as a state dict")
+        refuse(f"{file} is damaged, or not a file of weights as torch.save writes it")
+    for container in ("state_dict", "model", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(container), dict):
+            state = state[container]
+    entries = state.items() if isinstance(state, dict) else ()
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): weight for name, weight in entries}
     prefix = next((p for p in _PREFIXES if p + "conv1.weight" in state), None)
     if prefix is None:
-        refuse(f"{file} holds no ResNet: none of its entries ends the first convolution's name, conv1.weight")
+        refuse(f"{file} holds no ResNet: it has no entry conv1.weight, alone or behind a prefix known here")
     trunk = {name: re.match(re.escape(prefix) + r"((conv1|bn1|layer[1-4])\..*)", name) for name in state}
+    for name, weight in ((name, state[name]) for name, match in trunk.items() if match):
+        dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+        if not dense or not (weight.is_floating_point() or name.endswith("num_batches_tracked")):
+            kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]} - {"fc"}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
     return {match[1]: state[name] for name, match in trunk.items() if match}
 
 
+def misfits(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """What keeps `state` from being loaded into `net`: one sentence per entry. Old files do not count batches."""
+    wanted, given = ({name: list(w.shape) for name, w in weights.items()} for weights in (net.state_dict(), state))
+    found = []
+    for name in {**wanted, **given}:
+        if name not in wanted:
+            found.append(f"{name} has no place")
+        elif name in given and given[name] != wanted[name]:
+            found.append(f"{name} has shape {given[name]} in place of {wanted[name]}")
+        elif name not in given and not name.endswith("num_batches_tracked"):
+            found.append(f"{name} is missing")
+    return found
+
+
 def load_encoder(net: nn.Module, path: str) -> None:
     """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
-    file = Path(path, "encoder.pt") if Path(path).is_dir() else Path(path)
-    try:
-        net.load_state_dict(read_weights(file))
-    except RuntimeError as error:
-        refuse(f"--init {file} does not fit --arch and --stem: {' '.join(str(error).split())[:200]}")
+    file = Path(path, "encoder.pt") if os.path.isdir(path) else Path(path)
+    state = read_weights(file)
+    if faults := misfits(net, state):
+        refuse(f"--init {file} does not fit --arch and --stem: {faults[0]}")
+    net.load_state_dict(state)
+    if broken := [name for name, weight in net.state_dict().items() if not weight.isfinite().all()]:
+        refuse(f"--init {file}: {broken[0]} is not finite")
 
 
 class LARS(torch.optim.Optimizer):
@@ -1731,13 +1822,12 @@ def embedding_health(z: Tensor) -> dict[str, float]:
 
 def signs_of_collapse(z: Tensor, embedding_std: float, effective_rank: float) -> dict[str, str]:
     """{sign: what it says} of embeddings z (n, d) that have collapsed, with their health; empty if they have not."""
-    isotropic, scale, signs = z.shape[1] ** -0.5, z.float().std(0).mean().item(), {}
-    if embedding_std < isotropic / 20:
-        small = f"std {embedding_std:.2g}, under a twentieth of {isotropic:.2g} (isotropic)"
-        signs["std"] = f"the normalised embeddings have {small}"
+    spread, scale, signs = embedding_std * z.shape[1] ** 0.5, z.float().std(0).mean().item(), {}
+    if spread < 1 / 20:
+        signs["std"] = f"the spread of the embeddings is {spread:.2g}, under 0.05 (1: isotropic)"
     # Healthy runs of all seven methods stay above 10; n embeddings have a rank of n at most.
     if effective_rank < min(5, z.shape[1] / 8, len(z) / 4):
         signs["rank"] = f"the embeddings have effective rank {effective_rank:.2f} in {z.shape[1]} dimensions"
     if scale < 1e-3:
-        signs["scale"] = f"the embeddings have std {scale:.2g} before normalisation: they shrink to one point"
+        signs["scale"] = f"the embeddings shrink to one point: unnormalised std {scale:.2g}"
     return signs

@@ -25,17 +25,20 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
               training and test images (the same where no image has a label), alignment and uniformity (Wang and
               Isola, arXiv 2005.10242); a PNG and a JSON file
 
-The last line printed is one JSON object, which is also appended to results.jsonl. Accuracies are fractions. Under
-torchrun every process takes its share of the images, and the result is the same.
+The last line printed is one JSON object, which is also appended to results.jsonl; its `files` are those written beside
+that. It is printed before anything is saved. Accuracies are fractions. Under torchrun every process takes its share of
+the images, and the result is the same.
 """
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +73,13 @@ from common import (
     knn_accuracy,
     knn_scores,
     load_data,
+    misfits,
     my_rows,
     normalize,
     on_rank_0,
     parse_args,
     rank_and_world,
+    read_flags,
     read_weights,
     refuse,
     say,
@@ -129,6 +134,16 @@ def with_progress(items: Iterable, steps: int) -> Iterator:
         if step % max(1, steps // 10) == 0 and rank_and_world()[0] == 0:
             left = (time.perf_counter() - began) * (steps - step) / step
             print(f"step {step}/{steps}, {int(left // 60)}:{int(left % 60):02d} left", file=sys.stderr, flush=True)
+
+
+def features(net: nn.Module, data: Data, args: Args, judge: Judge) -> Tensor:
+    """(N, d) features of every image, on all ranks. A fault if they, or the sum of their squares, are not finite."""
+    x = judge.features(net, data)
+    if not torch.linalg.vector_norm(x).isfinite():
+        abort(
+            f"the features of {args.weights} are not finite: its weights are not, or --mean, --std, --precision misfit"
+        )
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------- linear
@@ -196,20 +211,20 @@ def augmented_probe(
             yield (all_gather(h.float()) - mean) / std, batch.labels.to(device)
 
     def fit(rows: Tensor, grid: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-        batch_size = probe_batch_size(args, len(rows))
+        batch_size = probe_batch_size(args, len(rows), least=1)
         steps = args.epochs * (len(rows) // batch_size)
         heads = train_heads(stream(train.subset(rows), batch_size, steps), steps, len(train.classes), grid)
         return for_raw_features(*heads, mean, std)
 
     def score(heads: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         held_out = train.subset(rows)
-        return accuracy(judge.features(net, held_out), held_out.labels.to(device), *heads)
+        return accuracy(features(net, held_out, args, judge), held_out.labels.to(device), *heads)
 
     net.eval()
-    mean, std = moments(judge.features(net, train))
+    mean, std = moments(features(net, train, args, judge))
     grid = [(lr, decay) for lr in learning_rates for decay in weight_decays]
     heads, chosen = choose(len(train), grid, args.seed, torch.device("cpu"), fit, score)
-    test_x, test_y = judge.features(net, test), test.labels.to(device)
+    test_x, test_y = features(net, test, args, judge), test.labels.to(device)
     top1, top5 = (accuracy(test_x, test_y, *heads, k=k)[0].item() for k in (1, min(5, len(train.classes))))
     return {"top1": top1, "top5": top5, **chosen}
 
@@ -278,11 +293,12 @@ def accuracy(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, k: int = 1) -> 
 
 def finetune(
     net: nn.Module, width: int, train: Data, test: Data, args: Args, judge: Judge, scaler: torch.amp.GradScaler
-) -> dict[str, float]:
+) -> tuple[dict[str, float], bytes]:
     """Train backbone and classifier on labels: SGD, momentum 0.9, no weight decay, cosine decay to 0, BatchNorm in
-    training mode over the whole batch, classifier from N(0, 0.01²). Test top-1 and top-5 (fractions).
+    training mode over the whole batch, classifier from N(0, 0.01²). Test top-1 and top-5 (fractions); finetuned.pt.
     """
     device, dtype, autocast = judge.compute
+    features(net, train.subset(torch.arange(1)), args, judge)  # finite
     head = nn.Linear(width, len(train.classes))
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -290,7 +306,7 @@ def finetune(
     rates = (args.lr_backbone, args.lr_head)
     optimizer = torch.optim.SGD([{"params": part.parameters()} for part in model], lr=0.0, momentum=0.9)
     network = distribute(model)
-    batch_size = probe_batch_size(args, len(train))
+    batch_size = probe_batch_size(args, len(train), least=2)
     steps = args.epochs * (len(train) // batch_size)
     model.train()
     for step, batch in enumerate(
@@ -307,14 +323,14 @@ def finetune(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    if not loss.isfinite():
-        abort(f"the loss is {loss.item()}: training diverged; lower --lr-backbone and --lr-head")
-    if rank_and_world()[0] == 0:
-        weights = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}
-        atomic_save(Path(args.output, "finetuned.pt"), {name: value.cpu() for name, value in weights.items()})
-    top = judge.features(model, test).topk(min(5, len(train.classes)), dim=1).indices  # N×5
+    logits = judge.features(model, test)  # N×classes, on all ranks, so that all end
+    if not logits.isfinite().all():
+        abort("the logits of the test images are not finite: training diverged; lower --lr-backbone and --lr-head")
+    top = logits.topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
-    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}
+    weights, file = net.state_dict() | {"fc." + name: value for name, value in head.state_dict().items()}, io.BytesIO()
+    torch.save({name: value.cpu() for name, value in weights.items()}, file)
+    return {"top1": hits[:, 0].double().mean().item(), "top5": hits.any(1).double().mean().item()}, file.getvalue()
 
 
 def cropped_batches(
@@ -325,13 +341,16 @@ def cropped_batches(
     return batches(data, crops, range(steps), batch_size, args.seed, compute, args.workers)
 
 
-def probe_batch_size(args: Args, images: int) -> int:
-    """A batch that fits the images, the same for any number of processes; a power of two if none that fits is given."""
+def probe_batch_size(args: Args, images: int, least: int) -> int:
+    """A batch that fits the images, the same for any number of processes; a power of two if none that fits is given.
+    Every process takes as many, and not fewer than `least`; 0 for a batch that is not shared.
+    """
     world = rank_and_world()[1]
     size = args.batch_size or min(256, max(16, 2 ** int(math.log2(images / 8))))
     size = size if size <= images else 2 ** int(math.log2(images))
-    if size % world or size < 2 * world:
-        refuse(f"a batch of {size} does not divide among {world} processes with two or more each; change --batch-size")
+    if least and (size % world or size < least * world):
+        shares = f"does not divide among {world} processes with {least} or more each"
+        refuse(f"a batch of {size} of the {images} images {shares}; change --batch-size or the number of processes")
     return size
 
 
@@ -349,21 +368,38 @@ def tsne_rows(test: Data, args: Args) -> tuple[Tensor, dict[int, str]]:
     return torch.from_numpy(rows), {int(label): test.classes[label] for label in chosen}
 
 
-def draw_tsne(x: Tensor, y: Tensor, shown: dict[int, str], args: Args, folder: Path) -> dict[str, Any]:
-    """Draw features x (N, d) of the labels y (N,) that are named in `shown` to tsne.png."""
-    import matplotlib.pyplot as plt
+def draw_tsne(x: Tensor, y: Tensor, shown: dict[int, str], args: Args) -> bytes:
+    """A PNG of features x (N, d) of the labels y (N,) that are named in `shown`."""
+    import matplotlib
+    from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     rows = F.normalize(x, dim=1).cpu().numpy()
-    flat = TSNE(perplexity=min(30, len(x) / 4), init="pca", random_state=args.seed % 2**32).fit_transform(rows)  # N×2
-    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
-    for label, name in shown.items():
-        axes.scatter(*flat[y.numpy() == label].T, s=8, label=name)
-    axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(x)} test images, {args.weights}")
-    axes.legend(markerscale=2)
-    figure.savefig(folder / "tsne.png", dpi=120)
-    plt.close(figure)
-    return {"figure": str(folder / "tsne.png"), "shown": list(shown.values())}
+    if np.ptp(rows, axis=0).max() < 1e-6:
+        abort(f"the features of {args.weights} are the same for all images: t-SNE has nothing to show")
+    state = args.seed % 2**32
+    flat = TSNE(perplexity=min(30, len(x) / 4), init="pca", random_state=state).fit_transform(rows)  # N×2
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is one
+        figure = Figure(figsize=(6, 6), layout="constrained")
+        axes = figure.subplots()
+        for label, name in shown.items():
+            axes.scatter(*flat[y.numpy() == label].T, s=8, label=drawable(name))
+        axes.set(xticks=[], yticks=[], title=f"t-SNE of {len(x)} test images, {drawable(args.weights)}")
+        axes.legend(markerscale=2)
+        return png(figure)
+
+
+def drawable(name: str) -> str:
+    """A name as matplotlib can draw it, which leaves out what begins with an underscore."""
+    return name.encode(errors="replace").decode()[:60].replace("_", " _" if name.startswith("_") else "_", 1)
+
+
+def png(figure) -> bytes:
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks
+        figure.savefig(file, dpi=120)
+    return file.getvalue()
 
 
 def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[dict[str, float], dict[str, list]]:
@@ -396,7 +432,7 @@ def diagnose(train_x: Tensor, test_x: Tensor, pair: tuple[Tensor, Tensor]) -> tu
 @torch.no_grad()
 def view_pair(net: nn.Module, test: Data, args: Args, judge: Judge) -> tuple[Tensor, Tensor]:
     """Features of two random crops of each test image (the short last batch is left out)."""
-    net, batch_size, rows = net.eval(), probe_batch_size(args, len(test)), []
+    net, batch_size, rows = net.eval(), probe_batch_size(args, len(test), least=1), []
     for batch in cropped_batches(test, 2, batch_size, len(test) // batch_size, args, judge.compute):
         with judge.compute.autocast:
             rows.append([all_gather(net(normalize(x, args.mean, args.std)).float()) for x, _ in batch])
@@ -404,24 +440,22 @@ def view_pair(net: nn.Module, test: Data, args: Args, judge: Judge) -> tuple[Ten
     return first, second
 
 
-def draw_spectra(spectra: dict[str, list], args: Args, folder: Path) -> dict[str, str]:
-    """Singular values on a logarithmic scale to diagnose.png, the numbers to diagnose.json."""
-    atomic_save(folder / "diagnose.json", json.dumps({"singular_values": spectra}).encode())
+def draw_spectra(spectra: dict[str, list], args: Args) -> dict[str, bytes]:
+    """Singular values on a logarithmic scale, diagnose.png, and the numbers, diagnose.json."""
+    files = {"diagnose.json": json.dumps({"singular_values": spectra}, allow_nan=False).encode()}
     if not importlib.util.find_spec("matplotlib"):
         warn("the singular values are not drawn without matplotlib: pip install matplotlib")
-        return {}
-    import matplotlib.pyplot as plt
+        return files
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for split, values in spectra.items():
         axes.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), label=split)
-    axes.set(
-        xlabel="singular value, by size", ylabel="standard deviation along it", title=f"features of {args.weights}"
-    )
+    axes.set(xlabel="singular value, by size", ylabel="standard deviation along it")
+    axes.set_title(f"features of {drawable(args.weights)}", parse_math=False)
     axes.legend()
-    figure.savefig(folder / "diagnose.png", dpi=120)
-    plt.close(figure)
-    return {"figure": str(folder / "diagnose.png")}
+    return files | {"diagnose.png": png(figure)}
 
 
 # -------------------------------------------------------------------------------------------------- everything
@@ -439,15 +473,15 @@ def label_subset(labels: Tensor, fraction: float, seed: int) -> Tensor:
 def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     """Fill what was not given from the run folder that the weights lie in; return the weights too."""
     path = Path(args.weights)
-    file = path / "encoder.pt" if path.is_dir() else path
+    file = path / "encoder.pt" if os.path.isdir(path) else path
     state = read_weights(file)
     usual = {"image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "output": str(file.parent)}
     usual["epochs"] = 20 if args.protocol == "finetune" else 100
-    if (file.parent / "args.json").exists():
-        run = json.loads((file.parent / "args.json").read_text())
-        usual |= {name: run[name] for name in ("image_size", "mean", "std")}
-        if not (args.dataset or args.data_dir):
-            usual |= {name: run[name] for name in ("dataset", "data_dir")}
+    # Beside a file that was named itself, another program's args.json may lie.
+    flags = file.parent / "args.json"
+    run = read_flags(flags, required=file is not path) if flags.exists() else {}
+    inherited = ("image_size", "mean", "std") + (() if args.dataset or args.data_dir else ("dataset", "data_dir"))
+    usual |= {name: run[name] for name in inherited if run}
     if any(args.std):
         del usual["mean"], usual["std"]  # given by hand, where 0 0 0 is a mean
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
@@ -487,52 +521,87 @@ def check(args: Args) -> None:
                 refuse(f"--protocol tsne needs {name}: pip install {name}")
 
 
-def save_result(record: dict[str, Any], args: Args, chosen: Tensor) -> None:
-    """Append the result to results.jsonl and keep the label subset beside it."""
-    folder = Path(args.output)
-    if args.train_fraction < 1:
-        data = Path(args.data_dir).name or args.dataset
-        name = f"labels-{data}-{args.train_fraction:g}-seed{args.seed}.json"
-        atomic_save(folder / name, json.dumps(chosen.tolist()).encode())
-    with open(folder / "results.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
+def check_images(args: Args, train: int, test: int) -> None:
+    """Refuse flags that so many images do not allow."""
+    if args.protocol == "knn" and args.k > train:
+        refuse(f"--k {args.k} is more than the {train} labelled training images")
+    if args.protocol in ("linear", "finetune") and args.batch_size > train:
+        refuse(f"--batch-size {args.batch_size} is more than the {train} labelled training images")
+    if min(train, test if args.protocol == "diagnose" else train) < 2 and args.protocol not in ("knn", "tsne"):
+        refuse(f"--protocol {args.protocol} needs two images or more; there are {train} to train and {test} to test on")
+
+
+def keep(record: dict[str, Any], contents: dict[str, bytes], folder: Path) -> None:
+    """Print the result, save its files, and append it to results.jsonl, where it names those that were saved.
+
+    Each file is tried whatever became of the others; what failed is said at the end, in one line.
+    """
+    try:
+        say(json.dumps(record, allow_nan=False))
+    except ValueError:
+        abort(f"a number of the result is not finite: {record}")
+    saved, faults = [], []
+    for name, content in contents.items():
+        try:
+            atomic_save(folder / name, content)
+            saved.append(name)
+        except OSError as error:
+            faults.append(f"{folder / name} cannot be saved: {error}")
+    try:
+        append(folder / "results.jsonl", json.dumps(record | {"files": saved}))
+    except OSError as error:
+        faults.append(f"the result cannot be kept in {folder / 'results.jsonl'}: {error}")
+    if faults:
+        abort("; ".join(faults))
+
+
+def append(file: Path, line: str) -> None:
+    """In one write, as others may append at the same time; all of the line or nothing."""
+    content = f"{line}\n".encode()
+    with open(file, "ab", buffering=0) as handle:
+        written = handle.write(content)
+        if written < len(content):
+            handle.truncate(handle.tell() - written)
+            raise OSError("the disk is full")
 
 
 def describe_weights(state: dict[str, Tensor], name: str) -> tuple[str, str]:
     """(arch, stem) of the ResNet whose state dict this is, read off its shapes."""
-
-    def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:  # old files do not count batches
-        return {key: tuple(w.shape) for key, w in state.items() if not key.endswith("num_batches_tracked")}
-
-    shapes = shapes_of(state)
-    stem = "small" if shapes.get("conv1.weight", ())[2:] == (3, 3) else "imagenet"
+    stem = "small" if state["conv1.weight"].shape[2:] == (3, 3) else "imagenet"
+    faults = {}
     for arch in ARCHITECTURES:
         with torch.device("meta"):
             net, _ = backbone(arch, stem, zero_init=False)
-        if shapes_of(net.state_dict()) == shapes:
+        faults[arch] = misfits(net, state)
+        if not faults[arch]:
             return arch, stem
-    refuse(f"{name} holds the weights of no ResNet known here; its first entries are {', '.join(list(shapes)[:3])}")
+    nearest = min(faults, key=lambda arch: len(faults[arch]))
+    refuse(f"{name} holds the weights of no ResNet known here; it is nearest to {nearest}, but {faults[nearest][0]}")
 
 
 def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
     args, state = complete(args)
+    arch, stem = describe_weights(state, args.weights)
     device = start_processes()
     compute, scaler = compute_in(args.precision, device)
     judge = Judge(args.image_size, args.mean, args.std, compute, args.workers)
     train, test = load_data(args.dataset, args.data_dir, args.train_limit, device)
     if test is None and args.protocol != "diagnose":
         refuse(f"--data-dir {args.data_dir} needs two or more class folders, the same in val/ or test/, to test on")
+    contents: dict[str, bytes] = {}  # of the files to keep
     if test is None:
-        test, chosen = train, torch.arange(len(train))  # which needs no labels
+        test = train  # which needs no labels
     else:
         chosen = label_subset(train.labels, args.train_fraction, args.seed)
         train = train.subset(chosen)
-    if args.protocol == "knn" and args.k > len(train):
-        refuse(f"--k {args.k} is more than the {len(train)} labelled training images")
+        if args.train_fraction < 1:
+            data = (Path(args.data_dir).name or args.dataset)[:100]
+            name = f"labels-{data}-{args.train_fraction:g}-seed{args.seed}.json"
+            contents[name] = json.dumps(chosen.tolist()).encode()
+    check_images(args, len(train), len(test))
     torch.manual_seed(args.seed)
-    arch, stem = describe_weights(state, args.weights)
     net, width = backbone(arch, stem, zero_init=False)
     if not args.scratch:
         net.load_state_dict(state)
@@ -542,29 +611,33 @@ def main(args: Args) -> dict[str, Any]:
     record |= {"train_images": len(train), "test_images": len(test), "classes": len(train.classes), "seed": args.seed}
     rates, decays = ((args.lr,), (args.weight_decay,)) if args.lr else (LEARNING_RATES, WEIGHT_DECAYS)
     if args.protocol == "finetune":
-        record |= finetune(net, width, train, test, args, judge, scaler)
+        numbers, contents["finetuned.pt"] = finetune(net, width, train, test, args, judge, scaler)
+        record |= numbers
     elif args.protocol == "linear" and args.augment:
         record |= augmented_probe(net, train, test, args, rates, decays, judge)
     elif args.protocol == "tsne":
         rows, shown = tsne_rows(test, args)
-        x, y = judge.features(net, test.subset(rows)), test.labels[rows]
-        record |= on_rank_0(lambda: draw_tsne(x, y, shown, args, Path(args.output)))
+        some = test.subset(rows)
+        x, y = features(net, some, args, judge), some.labels
+        record["shown"] = list(shown.values())
+        contents["tsne.png"] = on_rank_0(lambda: draw_tsne(x, y, shown, args))
     else:
-        train_x, test_x = judge.features(net, train), judge.features(net, test)
+        train_x, test_x = (features(net, data, args, judge) for data in (train, test))
         train_y, test_y = train.labels.to(device), test.labels.to(device)
         if args.protocol == "knn":
             record |= knn_scores(train_x, train_y, test_x, test_y, args.k, args.temperature)
         elif args.protocol == "linear":
-            batch_size = probe_batch_size(args, len(train))
+            batch_size = probe_batch_size(args, len(train), least=0)  # all processes train the same classifier
             record |= linear_probe(
                 train_x, train_y, test_x, test_y, args.epochs, batch_size, rates, decays, args.seed
             )  # fmt: skip
         else:
             numbers, spectra = diagnose(train_x, test_x, view_pair(net, test, args, judge))
-            record |= numbers | on_rank_0(lambda: draw_spectra(spectra, args, Path(args.output)))
+            record |= numbers
+            contents |= on_rank_0(lambda: draw_spectra(spectra, args))
     record["flags"] = {k: v for k, v in dataclasses.asdict(args).items() if k not in (*record, "output", "workers")}
-    say(json.dumps(record))
-    on_rank_0(lambda: save_result(record, args, chosen))
+    record["files"] = list(contents)
+    on_rank_0(lambda: keep(record, contents, Path(args.output)))
     if dist.is_initialized():
         dist.destroy_process_group()
     return record

@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def bench_views(device: torch.device, target: float) -> None:
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
     pillow = usual_views(T, 32, [], [T.ToTensor()])
     tensor = usual_views(T2, 32, [T2.ToDtype(torch.float32, scale=True)], [])
-    args = vicreg.Args(batch_size=256, crop_min_scale=0.08, blur=True)
+    args = vicreg.Args(image_size=32, batch_size=256, crop_min_scale=0.08, blur=True)
     data.pixels = data.pixels.to(device)
     views = our_views(data, args, device)
 
@@ -285,7 +286,9 @@ def bench_step(device: torch.device, target: float, target_of_ceiling: float) ->
     processes of their own besides.
     """
     half = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
-    args = vicreg.Args(arch="resnet18", batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True)
+    args = vicreg.Args(
+        arch="resnet18", image_size=32, batch_size=256, expander_hidden=2048, expander_dim=2048, blur=True
+    )
     args.crop_min_scale = 0.08
     data = common.patterns("train", 2048)
     pictures = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in data.pixels]
@@ -380,7 +383,7 @@ def bench_start(device: torch.device) -> None:
     def until(line: list[str], sign: str) -> float:
         began = time.perf_counter()
         with subprocess.Popen([sys.executable, *line], stdout=subprocess.PIPE, text=True) as process:
-            any(sign in text for text in process.stdout)
+            any(re.search(sign, text) for text in process.stdout)
             seconds = time.perf_counter() - began
             process.kill()
         return seconds
@@ -388,9 +391,9 @@ def bench_start(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as name:
         script = str(Path(vicreg.__file__))
         line = [script, "--log-every", "1", "--run-dir", name, "--overwrite"]
-        until(line, "step 1/")
+        until(line, r"^ *\d+\.\d +1 ")
         empty = statistics.median(until(["-c", "import torch; print('here', flush=True)"], "here") for _ in range(3))
-        whole = statistics.median(until(line, "step 1/") for _ in range(3))
+        whole = statistics.median(until(line, r"^ *\d+\.\d +1 ") for _ in range(3))
     beyond = whole - empty
     print(
         f"| start to first step | {empty:.2f} s for import torch | {whole:.2f} s | {beyond:.2f} s beyond | under 5 s |",

@@ -8,6 +8,7 @@ import hypothesis
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "more"))
 
 hypothesis.settings.register_profile(
     "default",

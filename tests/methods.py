@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,12 @@ SMALL = {
     "moco": {"head_dim": 16, "queue_size": 32, "bn_groups": 4},
 }
 METHODS = list(SMALL)
+# The same for the methods in more/, each of which has tests of its own.
+MORE = {
+    "negatives": {"projector_hidden": 24, "projector_dim": 16},
+    "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
+    "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
+}
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
 TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
@@ -55,9 +62,8 @@ def module(method: str):
 
 def tiny(method: str, run_dir: Path, **flags):
     """The method's Args for a run of 12 steps on 64 images."""
-    return module(method).Args(
-        **{**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
-    )
+    small = (SMALL | MORE)[method]
+    return module(method).Args(**{**TINY, "data_dir": small_folder(), **small, "run_dir": str(run_dir), **flags})
 
 
 def narrow(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
@@ -69,8 +75,8 @@ def narrow(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 
 def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str]:
     """The same run as a command line."""
-    flags = {**TINY, "data_dir": small_folder(), **SMALL[method], "run_dir": str(run_dir), **flags}
-    line = [str(ROOT / f"{method}.py")]
+    flags = {**TINY, "data_dir": small_folder(), **(SMALL | MORE)[method], "run_dir": str(run_dir), **flags}
+    line = [str(ROOT / ("more" if method in MORE else "") / f"{method}.py")]
     for name, value in flags.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
@@ -84,6 +90,12 @@ def command(method: str, run_dir: Path, processes: int = 1, **flags) -> list[str
 def run(line: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, **environment}
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=timeout)
+
+
+def at_step(line: str) -> int | None:
+    """The step of a line of the console's columns, which epoch and step begin; None of another line."""
+    found = re.match(r" *\d+\.\d +(\d+) ", line)
+    return int(found[1]) if found else None
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:

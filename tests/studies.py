@@ -109,7 +109,8 @@ def frozen_terms(folder: Path) -> dict[str, float]:
     (`train_covariance`, ...), means over batches. The network is the one in the run folder, in eval mode: BatchNorm
     uses its running statistics. Every call takes the same images and views.
     """
-    args = vicreg.Args(**json.loads((folder / "args.json").read_text()))
+    flags = json.loads((folder / "args.json").read_text())
+    args = vicreg.Args(**{name: value for name, value in flags.items() if name != "method"})
     model = vicreg.VICReg(args).eval()
     encoder, heads = (torch.load(folder / name) for name in ("encoder.pt", "heads.pt"))
     model.load_state_dict({f"backbone.{name}": weight for name, weight in encoder.items()} | heads)
@@ -170,7 +171,8 @@ def draw_collapse(folders: dict[str, Path]) -> None:
     right.legend(fontsize=7)
     figure.savefig(ROOT / "docs" / "collapse.png", dpi=130)
     for name, folder in zip(("healthy", "collapsed"), folders.values(), strict=False):
-        shutil.copy(judge(folder, "tsne")["figure"], ROOT / "docs" / f"tsne-{name}.png")
+        judge(folder, "tsne")
+        shutil.copy(folder / "eval-tsne" / "tsne.png", ROOT / "docs" / f"tsne-{name}.png")
 
 
 def draw_covariance(folders: dict[str, Path]) -> None:

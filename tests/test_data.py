@@ -1,14 +1,18 @@
 """Folders of every shape, files of every kind, and the order and sameness of batches."""
 
+import contextlib
+import io
 import json
+import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from methods import METHODS, metrics, module
+from methods import METHODS, metrics, module, run
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import run_on
@@ -91,6 +95,88 @@ def test_a_link_back_to_a_folder_above_is_not_followed_and_other_links_are(link,
     (tmp_path / "root" / "train" / "emu").symlink_to(tmp_path / "elsewhere")
     train, _ = load(tmp_path / "root")
     assert train.classes == ["cat", "dog", "emu"] and train.labels.tolist() == [0, 1, 2]
+
+
+# What lies in the folder; what is said of it; the labels of the training images and of the test images.
+LAYOUTS = {
+    "CIFAR-100 has a class called train": (
+        "apple/a tractor/b train/c test/apple/d test/train/e",
+        ["read as <class>/*, tested on test"], [0, 1, 2], [0, 2],
+    ),
+    "the class train inside the split train": (
+        "train/apple/a train/train/b test/train/c", ["read as train/<class>/*, tested on test"], [0, 1], [1]
+    ),
+    "capital letters": (
+        "Train/cat/a Train/dog/b Test/dog/c", ["read as train/<class>/*, tested on test"], [0, 1], [1]
+    ),
+    "another name of val": ("train/a/x train/b/x valid/b/x", ["tested on val"], [0, 1], [1]),
+    "val before test": (
+        "train/a/x train/b/x val/a/x test/b/x", ["tested on val", "left out test, as val is there"], [0, 1], [0]
+    ),
+    "folders beside train": ("train/a/x train/b/x extra/x extra/y y", ["left out 3 images beside"], [0, 1], None),
+    "train without classes": ("train/x train/y", ["read as train/*, tested on nothing"], [-1, -1], None),
+    "an image beside the classes": ("a/x b/x stray", ["1 training images have no label"], [-1, 0, 1], None),
+    "an image beside the classes of test": (
+        "train/a/x train/b/x test/a/x test/b/x test/stray", ["left out 1 images in test"], [0, 1], [0, 1]
+    ),
+    "a test split without classes": ("a/x b/x test/x test/y", ["2 images in test", "on nothing"], [0, 1], None),
+    "a run in the folder": (
+        "a/x b/x runs/vicreg/tsne runs/vicreg/args.json runs/vicreg/metrics.jsonl", ["1 folders of runs"], [0, 1], None
+    ),
+    "pictures of a camera": ("a/x b/x a/1.HEIC b/2.heic b/n.txt", ["2 .heic files", "1 .txt files"], [0, 1], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("names, told, train_labels, test_labels", LAYOUTS.values(), ids=LAYOUTS)
+def test_how_a_folder_was_read_and_what_was_left_out_is_said(names, told, train_labels, test_labels, tmp_path, capsys):
+    for name in names.split():
+        write(tmp_path / f"{name}.png") if "." not in name else None
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("") if "." in name else None
+    train, test = load(tmp_path)
+    out, err = capsys.readouterr()
+    assert all(words in out + err for words in told), out + err
+    assert train.labels.tolist() == train_labels and (test and test.labels.tolist()) == test_labels
+
+
+def test_folders_that_link_to_each_other_are_read_once(tmp_path, capsys):
+    for here, there in ("ab", "ba"):
+        write(tmp_path / here / "x.png")
+        (tmp_path / here / there).symlink_to(tmp_path / there)
+    assert len(load(tmp_path)[0]) == 2 and "read already" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """By a process that is not the superuser, who may read everything."""
+    for name in ("cat/a.png", "dog/b.png", "emu/c.png"):
+        write(tmp_path / name)
+    (tmp_path / "emu").chmod(0)
+    tmp_path.chmod(0o755)
+    monkeypatch.chdir(tmp_path)  # the folders above may be the superuser's own
+    read, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            with contextlib.suppress(PermissionError):
+                os.setuid(65534)
+            with open(end, "w") as sys.stderr:
+                assert load(Path("."))[0].classes == ["cat", "dog"]
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(end)
+    with open(read) as said:
+        assert "emu (Permission denied)" in said.read()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("side, view", [(20, 32), (63, 32), (64, 64), (96, 96), (300, 96)])
+def test_without_image_size_the_views_follow_the_images_and_one_line_says_so(side, view, tmp_path, capsys):
+    for i in range(3):
+        write(tmp_path / f"{i}.png", (side, side + 4 * i))
+    assert common.usual_view(load(tmp_path)[0]) == view
+    said = capsys.readouterr().out
+    assert all((flag in said) == (side >= 96) for flag in ("--image-size", "--arch", "--batch-size"))
 
 
 def test_equal_sizes_are_kept_in_memory_and_mixed_ones_are_not(tmp_path):
@@ -256,6 +342,87 @@ def test_more_than_ten_bad_files_stop_the_run(tmp_path, capsys):
         train, _ = load(tmp_path)
         batches(train, [Crop(16, (0.08, 1))], range(40))
     assert end.value.code == 2 and "11 of 42 files cannot be decoded" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sizes", ["same", "mixed"])
+def test_the_label_goes_with_the_image_that_replaces_a_bad_one(tmp_path, sizes):
+    """The last image of class a is bad, and what follows it is of class b; so in the test split."""
+    for split, count in (("train", 6), ("val", 3)):
+        for i in range(count):
+            for name in "ab":
+                write(
+                    tmp_path / split / name / f"{i}.png",
+                    (20 + i * (sizes == "mixed"), 24),
+                    colour=100 * "ab".index(name),
+                )
+        (tmp_path / split / "a" / f"{count - 1}.png").write_bytes(b"cut")
+    train, val = load(tmp_path)
+    index = []
+    for batch in batches(train, [Crop(16, (0.08, 1))], range(6)):
+        shown = (batch.views[0].x[:, 0, 0, 0] > 0.2).long()
+        assert torch.equal(batch.labels, shown) and torch.equal(train.labels[batch.index], shown)
+        index += batch.index.tolist()
+    assert 5 not in index or sizes == "same", "a batch says which image it took"
+    judge = common.Judge(16, (0.0,) * 3, (1.0,) * 3, FP32, 0)
+    colour = judge.features(torch.nn.Flatten(), val)[:, 0]
+    assert torch.equal(val.labels, (colour > 0.2).long())
+
+
+def spoiled_run(root: Path, workers: int) -> str:
+    """What is said of images that have good headers and no content, once they are needed."""
+    for i in range(15):
+        write(root / f"{i:02}.jpg", (200 + i, 200))
+        whole = (root / f"{i:02}.jpg").read_bytes()
+        (root / f"{i:02}.jpg").write_bytes(whole[: len(whole) // 3])
+    train, _ = load(root)
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        batches(train, [Crop(16, (0.08, 1))], range(2), workers)
+    assert end.value.code == 2
+    STILL_HELD.append(end)
+    return said.getvalue()
+
+
+STILL_HELD = []
+
+
+def test_images_with_good_headers_and_no_content_are_answered_in_one_line(tmp_path):
+    said = spoiled_run(tmp_path, workers=0)
+    assert said.count("\n") == 1 and "of 15 files cannot be decoded" in said and "truncated" in said
+
+
+def test_so_they_are_with_workers_and_the_program_ends_although_these_ignore_sigterm(tmp_path):
+    """Something still holds the loader when the program ends, as a debugger does."""
+    program = "import test_data, pathlib, sys; print(test_data.spoiled_run(pathlib.Path(sys.argv[1]), workers=1))"
+    ended = run([sys.executable, "-c", program, str(tmp_path)], timeout=60, PYTHONPATH=os.pathsep.join(sys.path))
+    assert ended.returncode == 0 and ended.stdout.count("of 15 files cannot be decoded") == 1, ended.stderr
+
+
+def test_a_flood_of_bad_files_is_named_ten_times_at_most(tmp_path, capsys):
+    for i in range(2000):
+        (tmp_path / f"{i:04}.png").write_bytes(b"")
+    write(tmp_path / "0000.png")
+    train = common.Data(None, common.list_images(tmp_path)[0], torch.zeros(2000), [])
+    for i in range(1, 16):
+        common.count_bad(train, [(f"{i}.png", "empty")])
+    assert capsys.readouterr().err.count("\n") == 10
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def read_by_rank(folders: list[str]) -> str:
+    """What a rank says that reads a folder of its own."""
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        load(Path(folders[common.rank_and_world()[0]]))
+    return f"{end.value.code} {said.getvalue()}"
+
+
+def test_ranks_that_see_other_images_are_told_so_before_they_train(tmp_path):
+    for name in ("one/a.png", "one/b.png", "two/a.png", "two/c.png"):
+        write(tmp_path / name)
+    first, second = run_on(2, [(read_by_rank, ([str(tmp_path / "one"), str(tmp_path / "two")],))])[0]
+    assert first.startswith("2 ") and "not the same on rank 1" in first and first.count("\n") == 1
+    assert second == "2 "
 
 
 # ------------------------------------------------------------------------------------------------- batches

@@ -319,14 +319,15 @@ def test_two_processes_find_what_one_finds(protocol, trained, on_two, tmp_path):
 def test_the_batch_does_not_depend_on_the_number_of_processes(monkeypatch, capsys):
     for world in (1, 2, 4):
         monkeypatch.setattr(evaluate, "rank_and_world", lambda world=world: (0, world))
-        sizes = [evaluate.probe_batch_size(Args("", batch_size=256), images) for images in (50, 255, 256, 1000)]
+        sizes = [evaluate.probe_batch_size(Args("", batch_size=256), images, 2) for images in (50, 255, 256, 1000)]
         assert sizes == [32, 128, 256, 256]
-        sizes = [evaluate.probe_batch_size(Args(""), images) for images in (12, 50, 500, 1000, 50_000)]
+        sizes = [evaluate.probe_batch_size(Args(""), images, 2) for images in (12, 50, 500, 1000, 50_000)]
         assert sizes == [8, 16, 32, 64, 256]
     monkeypatch.setattr(evaluate, "rank_and_world", lambda: (0, 3))
     with pytest.raises(SystemExit):
-        evaluate.probe_batch_size(Args(""), 50)
+        evaluate.probe_batch_size(Args(""), 50, least=1)
     assert "--batch-size" in capsys.readouterr().err
+    assert evaluate.probe_batch_size(Args(""), 50, least=0) == 16, "a batch that is not shared"
 
 
 def test_finetuning_moves_the_backbone_and_learns_what_the_frozen_features_do_not_show(trained, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from methods import command, metrics, module, narrow, small_folder, tiny
+from methods import at_step, command, metrics, module, narrow, small_folder, tiny
 from worlds import run_on
 
 import common
@@ -75,8 +75,8 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
 # ------------------------------------------------------------------------------------------------ dead ranks
 
 
-def kill_a_rank(line: list[str], when: str, **environment: str) -> tuple[int | None, str]:
-    """Start torchrun, SIGKILL one of its processes once it prints `when`; (exit status, all it printed).
+def kill_a_rank(line: list[str], step: int, **environment: str) -> tuple[int | None, str]:
+    """Start torchrun, SIGKILL one of its processes once it prints a line of `step`; (exit status, all it printed).
 
     The status is None if torchrun and its processes still hang after a minute and a half.
     """
@@ -87,7 +87,7 @@ def kill_a_rank(line: list[str], when: str, **environment: str) -> tuple[int | N
         said = ""
         for text in launcher.stdout:
             said += text
-            if when in text:
+            if at_step(text) == step:
                 ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
                 os.kill(int(ranks[-1]), signal.SIGKILL)
                 break
@@ -106,7 +106,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="fi
 
 @needs_proc
 def test_when_a_rank_dies_the_others_end_too(tmp_path):
-    status, _ = kill_a_rank(command("vicreg", tmp_path, processes=2, epochs=500, eval_every=500), "step 5/")
+    status, _ = kill_a_rank(command("vicreg", tmp_path, processes=2, epochs=500, eval_every=500), 5)
     assert status not in (0, None)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 4
 
@@ -115,7 +115,7 @@ def test_when_a_rank_dies_the_others_end_too(tmp_path):
 def test_torchrun_restarts_the_run_where_it_was(tmp_path):
     line = command("vicreg", tmp_path / "run", processes=2)
     line.insert(line.index("--standalone"), "--max-restarts=1")
-    status, said = kill_a_rank(line, "step 5/", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    status, said = kill_a_rank(line, 5, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     assert status == 0 and "continuing after step" in said and "step 12/12" in said, said
     assert "warning: --max-restarts" not in said
     module("vicreg").main(tiny("vicreg", tmp_path / "alone"))

@@ -1,4 +1,4 @@
-"""The README's table of pieces is true: a row's functions, pasted below its import lines, do what they do here."""
+"""The table of docs/pieces.md is true: a row's functions, pasted below its import lines, do what they do here."""
 
 import ast
 import builtins
@@ -8,6 +8,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from vectors import views
 
 # ------------------------------------------------------------------------------------------- the table
 
-SECTION = (ROOT / "README.md").read_text().split("\n## Take a piece elsewhere\n")[1].split("\n## ")[0]
-DRAWS = re.search(r"`draws = (.*?)`", SECTION)[1]
-STAND_INS = re.findall(r"`((?:all_gather|my_rows) = .*?)`", SECTION)
+PAGE = (ROOT / "docs" / "pieces.md").read_text()
+DRAWS = re.search(r"`draws = (.*?)`", PAGE)[1]
+STAND_INS = re.findall(r"`((?:all_gather|my_rows) = .*?)`", PAGE)
 
 
 class Name(NamedTuple):
@@ -32,7 +33,11 @@ class Name(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.file.removesuffix('.py')}.{self.name}"
+        return f"{self.module}.{self.name}"
+
+    @property
+    def module(self) -> str:
+        return Path(self.file).stem
 
 
 class Row(NamedTuple):
@@ -53,7 +58,7 @@ def names_in(words: list[str], file: str = "") -> list[Name]:
 
 
 def read_table() -> list[Row]:
-    lines = [line for line in SECTION.splitlines() if line.startswith("|")]
+    lines = [line for line in PAGE.splitlines() if line.startswith("|")]
     rows = []
     for line in lines[2:]:  # below the heading and its rule
         pieces, needs, imports = (re.findall("`(.*?)`", cell) for cell in line.strip("|").split("|"))
@@ -151,7 +156,7 @@ def labelled() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def draws_for(m, x: Tensor):
-    """As the README makes them."""
+    """As the page makes them."""
     return eval(DRAWS, {"Draws": m.Draws, "seed": 1, "step": 2, "x": x})
 
 
@@ -352,14 +357,14 @@ def test_a_row_names_all_that_its_pieces_use_and_nothing_else(row):
 def test_every_piece_has_an_input_and_every_input_a_piece():
     pieces = [str(piece) for _, piece in PIECES]
     assert sorted(pieces) == sorted(set(pieces)), "a piece stands in two rows"
-    assert set(pieces) - set(INPUTS) == set(), "pieces of the README without an input here"
-    assert set(INPUTS) - set(pieces) == set(), "inputs here whose piece the README does not name"
+    assert set(pieces) - set(INPUTS) == set(), "pieces of the page without an input here"
+    assert set(INPUTS) - set(pieces) == set(), "inputs here whose piece the page does not name"
 
 
 @pytest.mark.parametrize(("row", "piece"), PIECES, ids=[str(piece) for _, piece in PIECES])
 def test_a_pasted_piece_gives_what_the_original_gives(row, piece):
     assert str(piece) in INPUTS, f"no input for {piece}"
-    original = importlib.import_module(piece.file.removesuffix(".py"))
+    original = importlib.import_module(piece.module)
     for group in (contextlib.nullcontext(), group_of_one()):
         with group:
             assert outcome(piece, paste(row)) == outcome(piece, original)
@@ -374,6 +379,6 @@ def test_the_stand_ins_of_one_process_do_for_the_functions_that_gather(row, piec
     replaced = {"all_gather", "my_rows", "_AllGather", "rank_and_world"}
     needs = [need for need in row.needs if need.name not in replaced]
     imports = [line for line in row.imports if "torch.distributed" not in line]
-    original = importlib.import_module(piece.file.removesuffix(".py"))
+    original = importlib.import_module(piece.module)
     assert len(STAND_INS) == 2
     assert outcome(piece, paste(Row(row.pieces, needs, imports + STAND_INS))) == outcome(piece, original)

@@ -433,10 +433,10 @@ TINY |= {"projector_hidden": 24, "projector_dim": 6, "prototypes": 12, "small_cr
 
 
 def test_large_crops_come_first():
-    two, five = crops(Args()), crops(Args(small_crops=3, small_size=12))
+    two, five = crops(Args(image_size=32)), crops(Args(image_size=32, small_crops=3, small_size=12))
     assert [(c.size, c.scale, c.interpolation) for c in two] == [(32, (0.2, 1.0), "bilinear")] * 2
     assert [c.size for c in five] == [32, 32, 12, 12, 12]
-    assert [(c.size, c.scale) for c in crops(Args(**swav.RECIPES["cifar"]))] == [(32, (0.08, 1.0))] * 2
+    assert [(c.size, c.scale) for c in crops(Args(**swav.RECIPES["cifar"], image_size=32))] == [(32, (0.08, 1.0))] * 2
     imagenet = crops(Args(**swav.RECIPES["imagenet"]))
     assert [(c.size, c.scale) for c in imagenet] == [(224, (0.14, 1.0))] * 2 + [(96, (0.05, 0.14))] * 6
 

@@ -1,0 +1,99 @@
+"""The pages say what is so: flags exist, code runs, figures are those of the runs (and see test_readme.py)."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from methods import METHODS, ROOT, module
+
+import common
+
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
+PROGRAMS = [*METHODS, "evaluate"]
+RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_to_fill_in(page):
+    assert re.findall("@@.*?@@", PAGES[page]) == []
+
+
+def test_flags_exist():
+    ours = {common.flag_of(name) for program in PROGRAMS for name in module(program).Args.__dataclass_fields__}
+    ours |= {flag.replace("--", "--no-", 1) for flag in ours}
+    others = "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max-restarts --index-url --cifar --signal"
+    others += " --nodes --ntasks-per-node --gpus-per-node --cpus-per-task"  # of torchrun, pip, tests/studies.py, SLURM
+    named = {flag for text in PAGES.values() for flag in re.findall(r"(?<![-\w])--[a-z][\w-]*", text)}
+    assert named - ours - set(others.split()) == set()
+
+
+# -------------------------------------------------------------------------------------------------- code
+
+
+def block(heading: str) -> str:
+    """The Python block below a heading of the README."""
+    return re.search(rf"^## {heading}\n.*?^```python\n(.*?)^```", README, re.M | re.S)[1]
+
+
+def test_the_lines_that_use_an_encoder_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, width = common.backbone("resnet10", "imagenet", zero_init=True)
+    Path("runs/vicreg").mkdir(parents=True)
+    torch.save(net.state_dict(), "runs/vicreg/encoder.pt")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    names = {"images": images}
+    exec(block("Use the encoder"), names)
+    assert names["h"].shape == (2, width) and torch.equal(names["h"], net.eval()(images))
+
+
+def test_the_example_of_pieces_runs():
+    """Each line `# paste from FILE: NAMES` is replaced by what it says."""
+
+    def paste(found: re.Match) -> str:
+        text = (ROOT / found[1]).read_text()
+        statements = {node.name: node for node in ast.parse(text).body if hasattr(node, "name")}
+        sources = []
+        for name in found[2].split(", "):
+            sources += [f"@{ast.get_source_segment(text, d)}" for d in statements[name].decorator_list]
+            sources.append(ast.get_source_segment(text, statements[name]))
+        return "\n".join(sources)
+
+    random = torch.Generator().manual_seed(0)
+    z1, z2, x = torch.rand(8, 4, generator=random), torch.rand(8, 4, generator=random), torch.rand(3, 3, 8, 8)
+    names = {"z1": z1, "z2": z2, "x": x, "seed": 1, "step": 2}
+    exec(re.sub(r"# paste from (\S+): (.*)", paste, block("Copy a piece")), names)
+    assert torch.equal(names["loss"], module("vicreg").vicreg_loss(z1, z2)[0])
+    draws = common.Draws((1, 2), len(x))
+    assert torch.equal(names["x"], common.color_jitter(x, draws, 0.4, 0.4, 0.2, 0.1, 0.8))
+
+
+# ----------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("run", [*METHODS, "vicreg-collapsed"])
+def test_figures_are_those_of_the_runs(run):
+    """kNN before and after training, in both tables; the linear classifier, of evaluate.py; the command."""
+    records = [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+    knn = [f"{100 * record['knn_top1']:.1f}" for record in records if "knn_top1" in record]
+    judged = [json.loads(line) for line in (RESULTS / run / "results.jsonl").read_text().splitlines()]
+    linear = [f"{100 * result['top1']:.1f}" for result in judged if result["protocol"] == "linear"]
+    (row,) = [line for line in PAGES["docs/results.md"].splitlines() if f"results/{run}/metrics.jsonl" in line]
+    command, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+    assert cells[:3] == [knn[0], knn[-1], linear[-1]]
+    _, script, *words = shlex.split(command.strip("`"))
+    method = script.removesuffix(".py")
+    script, flags = module(method), json.loads((RESULTS / run / "args.json").read_text())
+    free = common.FREE_FLAGS - {"epochs", "max_steps"} | {"image_size"}  # the size follows the images
+    typed = json.loads(json.dumps(vars(common.parse_args(script.Args, script.RECIPES, words))))
+    assert {k: v for k, v in typed.items() if k not in free} == {k: flags[k] for k in typed if k not in free}
+    if run in METHODS:
+        (row,) = [line for line in README.splitlines() if line.startswith("| ") and f"[{run}.py]({run}.py)" in line]
+        assert row.strip("| ").split(" | ")[-1] == knn[-1]
