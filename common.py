@@ -66,8 +66,6 @@ def tell(message: str, stream: Literal["stdout", "stderr"]) -> None:
         print(message, file=file, flush=True)
     except (OSError, ValueError) as error:
         setattr(sys, stream, None)
-        with contextlib.suppress(OSError, ValueError):  # Python flushes what is in the buffer once more, at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
         if stream == "stdout":
             warn(f"nothing more is printed, for the output cannot be written ({error})")
 

@@ -40,7 +40,6 @@ import io
 import json
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -90,6 +89,7 @@ from common import (
     say,
     start_processes,
     sync_batchnorm,
+    tell,
     warn,
 )
 
@@ -139,7 +139,7 @@ def with_progress(items: Iterable, steps: int) -> Iterator:
         yield item
         if step % max(1, steps // 10) == 0 and rank_and_world()[0] == 0:
             left = (time.perf_counter() - began) * (steps - step) / step
-            print(f"step {step}/{steps}, {int(left // 60)}:{int(left % 60):02d} left", file=sys.stderr, flush=True)
+            tell(f"step {step}/{steps}, {int(left // 60)}:{int(left % 60):02d} left", "stderr")
 
 
 def features(net: nn.Module, data: Data, args: Args, judge: Judge) -> Tensor:

@@ -15,6 +15,7 @@ from strategies import matrices, pairs
 
 import common
 import evaluate
+import vicreg
 from common import LARS, cosine_schedule
 
 close = torch.testing.assert_close
@@ -100,9 +101,15 @@ def test_an_unknown_flag_suggests_the_one_that_was_meant(word, flag, capsys):
     assert (f"; did you mean --{flag}?" in said) if flag else ("did you mean" not in said)
 
 
+def test_a_word_that_ends_a_flag_is_taken_for_it_before_one_that_looks_alike(capsys):
+    with pytest.raises(SystemExit):
+        common.parse_args(vicreg.Args, vicreg.RECIPES, ["--lr", "3"])
+    assert "unrecognized arguments: --lr 3; did you mean --base-lr?" in capsys.readouterr().err, "and not --blur"
+
+
 def test_a_word_on_two_lines_is_answered_on_one(capsys):
     with pytest.raises(SystemExit):
-        common.parse_args(Flags, TABLE, ["--two\nlines", "--rate=a\u2028b"])
+        common.parse_args(Flags, TABLE, ["--two\nlines\u2028"])
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

@@ -323,7 +323,7 @@ def images(n: int) -> list[Tensor]:
 def test_large_crops_come_first():
     sizes = [(crop.size, crop.scale) for crop in dino.crops(Args(**dino.RECIPES["imagenet"]))]
     assert sizes == [(224, (0.14, 1.0))] * 2 + [(96, (0.05, 0.14))] * 8
-    assert [crop.size for crop in dino.crops(Args())] == [32, 32]
+    assert [crop.size for crop in dino.crops(Args(image_size=32))] == [32, 32]
 
 
 def test_the_student_sees_all_views_and_the_teacher_the_large_ones(monkeypatch):
@@ -549,7 +549,7 @@ WRONG = {
 @pytest.mark.parametrize("line", WRONG)
 def test_impossible_flags_are_answered_in_one_line(line, capsys):
     with pytest.raises(SystemExit) as end:
-        dino.check(common.parse_args(Args, dino.RECIPES, line.split()))
+        dino.check(common.parse_args(Args, dino.RECIPES, f"--image-size 32 {line}".split()))
     told = capsys.readouterr().err
     assert end.value.code == 2 and WRONG[line] in told and told.count("\n") == 1
 

@@ -64,7 +64,8 @@ def test_a_folder_in_use_is_refused_to_a_second_run_also_to_one_that_would_overw
         assert (tmp_path / "run" / "args.json").read_text() == kept and metrics(tmp_path / "run") == before
     finally:
         first.kill()
-        first.communicate()
+        first.wait()  # not for the workers
+        first.stdout.close()
     module("vicreg").main(tiny("vicreg", tmp_path / "run", **flags, max_steps=1))
 
 
