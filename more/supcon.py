@@ -35,7 +35,12 @@ L_exp pushes the less, the nearer.
 Those that i is not drawn to stand in its denominator, and so prevent collapse, as in SimCLR. Inside a class nothing
 does: it may become one point, and whatever the labels do not ask for is lost.
 
-@@SEE@@
+What you should see: SupCon starts at about 6.1, above log(2N - 1) = 5.5 (N = 128), passes it while the learning rate
+rises, and ends at 3.4, near the log of the 25 others of a class, which is 3.2; the online kNN goes from 42 % to 98 %.
+@@EPS@@ `same`, the mean cosine weighted by w, then approaches 1, and `accuracy`, the w of the nearest embedding, too: for
+classes it is how often that one is of the same class. Targets are learned more slowly, and the loss hardly falls below
+log(2N - 1), for what is drawn together is a quarter of the batch. @@R2@@ Signs of trouble: the loss stays where it
+started; or `same` stays at 0 while `positive`, the cosine of the two views, rises: labels without meaning.
 
     python more/supcon.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
