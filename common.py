@@ -74,8 +74,8 @@ def warn(message: str, every_rank: bool = False, kind: str = "warning") -> None:
     """One line per machine, or from every rank that calls."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0 or int(os.environ.get("WORLD_SIZE", 1)) == 1
     if first or every_rank:
-        color = ("31" if "error" in kind else "33") if sys.stderr and sys.stderr.isatty() else ""  # red or yellow
-        kind = f"\033[{color}m{kind}\033[0m" if color else kind
+        if sys.stderr and not sys.stderr.closed and sys.stderr.isatty():
+            kind = f"\033[{31 if 'error' in kind else 33}m{kind}\033[0m"  # red or yellow
         tell(f"{kind}: {' '.join(message.splitlines())}", "stderr")
 
 

@@ -626,7 +626,7 @@ def append(file: Path, line: str) -> None:
             raise OSError("the disk is full")
 
 
-def describe_weights(state: dict[str, Tensor], name: str, image_size: int) -> tuple[str, str]:
+def describe_weights(state: dict[str, Tensor], name: str, image_size: int = 224) -> tuple[str, str]:
     """(arch, stem) of the ResNet whose state dict this is, read off its shapes; ("vit", "") of a vision transformer."""
     if "conv_proj.weight" in state:
         with torch.device("meta"):

@@ -5,7 +5,6 @@ import dataclasses
 import math
 from pathlib import Path
 
-import dino
 import methods
 import pytest
 import quick
@@ -13,6 +12,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import vectors
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import matrices, numbers
+from torch import Tensor, nn
+from worlds import run_on
+
+import common
+import dino
+import evaluate
 from dino import (
     DINO,
     Args,
@@ -24,14 +32,6 @@ from dino import (
     teacher_temperature,
     update_center,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from strategies import matrices, numbers
-from torch import Tensor, nn
-from worlds import run_on
-
-import common
-import evaluate
 
 close = torch.testing.assert_close
 OUTPUTS, FEW = st.integers(2, 6), st.integers(1, 5)

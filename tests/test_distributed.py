@@ -106,6 +106,14 @@ def test_a_process_that_calls_what_is_deprecated_fails():
 # --------------------------------------------------------------------------------------------------- images
 
 
+def taken(data: common.Data) -> list[tuple]:
+    """(index, labels, images that this rank's views show) of each step."""
+    compute, _ = common.compute_in("fp64", torch.device("cpu"))
+    steps, crops = range(1, 6), [common.Crop(8, (0.2, 1.0))] * 2  # from the second step on, into the second epoch
+    made = common.batches(data, crops, steps, 4, 7, compute)
+    return [(b.index, b.labels, [(view.x.mean((1, 2, 3)) * 255 / 20).round() for view in b]) for b in made]
+
+
 @pytest.mark.parametrize("kept", ["in memory", "as files"])
 def test_a_batch_knows_the_images_of_all_ranks(tmp_path, monkeypatch, kept):
     """Image i is all of one grey, 20 i, and in class i % 3, so that every view tells of which image it is."""
@@ -116,17 +124,9 @@ def test_a_batch_knows_the_images_of_all_ranks(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(common, "RESIDENT_BYTES", 2**20 if kept == "in memory" else 0)
     data, _ = common.load_folder(tmp_path)
     assert (data.pixels is None) == (kept == "as files")
-    compute, _ = common.compute_in("fp64", torch.device("cpu"))
-    steps, crops = range(1, 6), [common.Crop(8, (0.2, 1.0))] * 2  # from the second step on, into the second epoch
     for world in WORLDS:
-        seen = []  # for each rank, (index, labels, images that its views show) of each step
-        for rank in range(world):
-            monkeypatch.setattr(common, "rank_and_world", lambda rank=rank, world=world: (rank, world))
-            made = common.batches(data, crops, steps, 4, 7, compute)
-            seen.append(
-                [(b.index, b.labels, [(view.x.mean((1, 2, 3)) * 255 / 20).round() for view in b]) for b in made]
-            )
-        for step in range(len(steps)):
+        seen = run_on(world, [(taken, (data,))])[0]
+        for step in range(5):
             index, labels, _ = seen[0][step]
             assert index.dtype == labels.dtype == torch.int64 and index.shape == labels.shape == (4,)
             shown = [torch.cat([rank[step][2][view] for rank in seen]).long() for view in range(2)]

@@ -6,7 +6,6 @@ import itertools
 import math
 from pathlib import Path
 
-import negatives
 import pytest
 import quick
 import torch
@@ -14,7 +13,6 @@ import vectors
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from methods import metrics, narrow, small_folder, tiny
-from negatives import decoupled_loss
 from strategies import numbers, pairs
 from test_distributed import assert_same_metrics, embeddings
 from torch import Tensor, nn
@@ -22,7 +20,9 @@ from worlds import run_on
 
 import common
 import evaluate
+import negatives
 import simclr
+from negatives import decoupled_loss
 
 close = torch.testing.assert_close
 INF = math.inf

@@ -5,7 +5,6 @@ import copy
 import math
 from pathlib import Path
 
-import nnclr
 import pytest
 import quick
 import torch
@@ -15,12 +14,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from methods import metrics, narrow, small_folder, tiny
-from nnclr import NNCLR, Support, nearest, nnclr_loss
 from strategies import matrices, pairs
 from torch import Tensor
 from worlds import run_on
 
 import common
+import nnclr
+from nnclr import NNCLR, Support, nearest, nnclr_loss
 
 close = torch.testing.assert_close
 TEMPERATURES = st.sampled_from([0.05, 0.2, 0.5, 1.0, 3.0])

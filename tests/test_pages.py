@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods import METHODS, ROOT, module
+from methods import METHODS, MORE, ROOT, module
 
 import common
 
@@ -17,7 +17,7 @@ PAGES = {
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 README = PAGES["README.md"]
-PROGRAMS = [*METHODS, "evaluate"]
+PROGRAMS = [*METHODS, *MORE, "evaluate"]
 RESULTS = ROOT / "docs" / "results"
 
 

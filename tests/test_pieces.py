@@ -182,6 +182,29 @@ def moco_queue(m) -> dict[str, Tensor]:
     return queue.state_dict()
 
 
+def decoupled_loss(m) -> list[Any]:
+    flags = dict(epsilon=0.25, tau_plus=0.1, beta=1.0, positive_sigma=0.5)
+    return with_gradient(lambda a, b: m.decoupled_loss(a, b, 0.5, **flags), *views())
+
+
+def nnclr_support(m) -> dict[str, Tensor]:
+    support = m.Support(6, 6)
+    for z in views():
+        support.push(z, torch.arange(len(z)))
+    return support.state_dict()
+
+
+def wmse_loss(m) -> list[Any]:
+    order, views_of_12 = torch.arange(12) * 5 % 12, [z.reshape(12, 2) for z in views()]
+    return with_gradient(lambda *zs: m.wmse_loss(list(zs), order, 6), *views_of_12)
+
+
+def dino_loss(m) -> list[Any]:
+    a, b = views()
+    center = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    return with_gradient(lambda *student: m.dino_loss(list(student), [b, a], center, 0.1, 0.04), a, b, a * b)
+
+
 def moved(update: Callable[[nn.Module, nn.Module], None]) -> dict[str, Tensor]:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     update(slow, fast)
@@ -282,6 +305,14 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "moco.group_batchnorm": lambda m: converted(lambda net: m.group_batchnorm(net, 2)),
     "byol.update_target": lambda m: moved(lambda slow, fast: m.update_target(slow, fast, 0.9)),
     "byol.tau_schedule": lambda m: [m.tau_schedule(step, 10, 0.9) for step in range(11)],
+    "negatives.decoupled_loss": decoupled_loss,
+    "nnclr.nnclr_loss": lambda m: with_gradient(lambda a, b: m.nnclr_loss(a, b, 0.2), *views()),
+    "nnclr.nearest": lambda m: m.nearest(*views()),
+    "nnclr.Support": nnclr_support,
+    "wmse.wmse_loss": wmse_loss,
+    "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
+    "dino.dino_loss": dino_loss,
+    "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
     "common.LARS": lars,
     "common.cosine_schedule": lambda m: [m.cosine_schedule(step, 10, 3, 2.0, 0.1) for step in range(12)],
     "common.all_gather": lambda m: with_gradient(m.all_gather, views()[0]),

@@ -152,7 +152,7 @@ def test_another_methods_folder_is_called_that(copy):
 
 @pytest.mark.parametrize(
     "content, told",
-    [(b"", "cannot be read"), (b'{"epochs": 3', "cannot be read"), (b"[1]", "flags"), (b'{"lr": 3}', "flags")],
+    [(b"", "Expecting value"), (b'{"epochs": 3', "delimiter"), (b"[1]", "indices"), (b'{"lr": 3}', "image_size")],
     ids=["empty", "cut", "a list", "somebody else's"],
 )
 @pytest.mark.parametrize("flags", [{}, {"overwrite": True}], ids=["continued", "overwritten"])

@@ -10,17 +10,17 @@ import pytest
 import quick
 import torch
 import vectors
-import wmse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from methods import metrics, narrow, small_folder, tiny
 from strategies import numbers
 from torch import Tensor
-from wmse import WMSE, cholesky, whiten, wmse_loss
 from worlds import run_on
 
 import common
+import wmse
+from wmse import WMSE, cholesky, whiten, wmse_loss
 
 close = torch.testing.assert_close
 IDENTITY = torch.arange(12)
