@@ -39,7 +39,7 @@ What you should see: SupCon starts at about 6.1, above log(2N - 1) = 5.5 (N = 12
 rises, and ends at 3.4; the log of the 25 others of a class is 3.2. The online kNN goes from 42 % to 98 %, with the two
 epsilon losses, too. `same`, the mean cosine weighted by w, and `accuracy`, the w of the nearest embedding, approach 1;
 for classes the latter is how often the nearest is of the same one. Targets are learned more slowly: y-aware falls from
-6.0 to 5.5 only, for a fifth of the batch is drawn together. After six epochs on large crops ridge regression explains
+6.0 to 5.4 only, for a fifth of the batch is drawn together. After six epochs on large crops ridge regression explains
 62 % of the variance of the period with y-aware, 68 % with L_thr, 67 % with L_exp, 57 % with SimCLR, and 12 % with
 random weights. Signs of trouble: the loss stays where it started; or `positive`, the cosine of the two views, rises
 and `same` stays at 0: the labels say nothing.

@@ -126,7 +126,7 @@ def test_official_numbers(name, y, want, norms):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data(), TEMPERATURES, SIGMAS, st.sampled_from([0.0, 0.25, 2.0]))
 def test_equals_the_formula_in_plain_loops(name, data, t, sigma, epsilon):
     views, y = data.draw(cases(name))
@@ -140,7 +140,7 @@ def test_equals_the_formula_in_plain_loops(name, data, t, sigma, epsilon):
 
 
 @pytest.mark.parametrize("name", ["supcon", "eps_supcon", "eps_supinfonce", "yaware"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(pairs(), TEMPERATURES, st.data())
 def test_of_images_that_are_all_unlike_it_is_the_loss_of_simclr(name, views, t, data):
     """Without labels or targets, with different ones each, or with a kernel of no width."""
@@ -164,7 +164,7 @@ def test_targets_that_are_classes_make_y_aware_the_loss_of_classes(case, t):
 
 
 @pytest.mark.parametrize("name", ["eps_supcon", "eps_supinfonce"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(st.data(), TEMPERATURES, st.lists(st.floats(0, 6), min_size=2, max_size=5))
 def test_falls_as_epsilon_rises(name, data, t, epsilons):
     views, y = data.draw(cases(name))
@@ -217,7 +217,7 @@ def test_what_is_nearer_is_drawn_more_and_what_is_farther_is_pushed_more():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.data(), TEMPERATURES)
 def test_rotation_length_order_and_names_of_classes_change_nothing(name, data, t):
     views, y = data.draw(cases(name))
