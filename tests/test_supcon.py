@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import quick
-import supcon
 import torch
 import vectors
 from hypothesis import assume, given, settings
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from methods import ROOT, metrics, narrow, small_folder, tiny
 from PIL import Image
 from strategies import numbers, pairs
-from supcon import supcon_loss, yaware_loss
 from test_distributed import assert_same_metrics, embeddings
 from torch import Tensor, nn
 from worlds import run_on
@@ -26,6 +24,8 @@ from worlds import run_on
 import common
 import evaluate
 import simclr
+import supcon
+from supcon import supcon_loss, yaware_loss
 
 close = torch.testing.assert_close
 CPU = torch.device("cpu")
