@@ -54,7 +54,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
-    check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -126,8 +126,9 @@ def check(args: Args) -> None:
     low, high = args.small_scale
     if args.outputs < 2:
         refuse(f"--outputs {args.outputs}: with fewer than two there is nothing to predict")
-    check_positive(args, "student_temperature", "teacher_temperature", "teacher_temperature_start")
-    check_least(args, 1, "head_hidden", "head_dim")
+    check_least(args, 1e-4, "student_temperature", "teacher_temperature", "teacher_temperature_start")
+    check_widths(args, "head_hidden", "head_dim")
+    check_least(args, 2, "outputs", most=2**16)  # the paper takes all of them
     check_least(args, 0, "weight_decay_end", "teacher_warmup_epochs", "freeze_last_layer_epochs", "clip_grad")
     for flag, value in (("--center-momentum", args.center_momentum), ("--teacher-momentum", args.teacher_momentum)):
         if not 0 <= value <= 1:

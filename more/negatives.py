@@ -65,7 +65,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
-    check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -116,9 +116,9 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags."""
-    check_least(args, 1, "projector_hidden", "projector_dim")
+    check_widths(args, "projector_hidden", "projector_dim")
     check_least(args, 0, "jitter_strength")
-    check_positive(args, "temperature")
+    check_least(args, 1e-4, "temperature")
     check_least(args, 0, "epsilon", "beta", "positive_sigma")
     if args.decoupled and args.epsilon > 0:
         refuse(f"--epsilon {args.epsilon:g} is without effect on a decoupled loss; add --no-decoupled")

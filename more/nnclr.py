@@ -44,7 +44,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
-    check_positive,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -90,9 +90,9 @@ RECIPES = {
 
 def check(args: Args, images: int) -> None:
     """Refuse impossible values of this method's flags, and a support set that does not fit the batch or the dataset."""
-    check_least(args, 1, "projector_hidden", "projector_dim", "predictor_hidden")
+    check_widths(args, "projector_hidden", "projector_dim", "predictor_hidden")
     check_least(args, 0, "jitter_strength")
-    check_positive(args, "temperature")
+    check_least(args, 1e-4, "temperature")
     batch, size = args.batch_size, support_size(args, images)
     if batch >= images:
         refuse(f"--batch-size {batch} leaves no other of the {images} images for the support set; take {images // 2}")

@@ -45,6 +45,7 @@ from common import (
     all_gather,
     backbone,
     check_least,
+    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -87,9 +88,9 @@ RECIPES = {
 
 def check(args: Args) -> None:
     """Refuse impossible values of this method's flags, and slices that cannot be whitened or do not fit the batch."""
-    check_least(args, 1, "projector_hidden", "projector_dim")
+    check_widths(args, "projector_hidden", "projector_dim")
     check_least(args, 0, "jitter_strength")
-    check_least(args, 2, "views")
+    check_least(args, 2, "views", most=16)
     if not 0 <= args.epsilon <= 1:
         refuse(f"--epsilon is a share, from 0 to 1, not {args.epsilon}")
     size, d, batch = slice_size(args), args.projector_dim, args.batch_size

@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from methods import METHODS, SMALL, module
+from methods import METHODS, MORE, SMALL, module
 from PIL import Image
 from torch import nn
 
@@ -105,7 +105,7 @@ def trained(tmp_path_factory):
             Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "excepthook", sys.excepthook)  # parse_args sets another
-        for program in (*METHODS, "evaluate"):
+        for program in (*METHODS, *MORE, "evaluate"):
             patch.setattr(module(program), "backbone", tiny_resnet)
         assert answer("vicreg", {"run_dir": [f"--run-dir={root / 'run'}"]}, root)[0] == 0
         yield root
@@ -118,7 +118,13 @@ def answer(program: str, flags: dict[str, list[str]], root: Path) -> tuple[int, 
         usual |= {"k": 5, "output": "out"}
         first = flags.get("weights", [str(root / "run")])
     else:
-        usual |= SMALL[program] | {"epochs": 2, "log_every": 1, "max_steps": 2, "warmup_epochs": 0, "run_dir": "run"}
+        usual |= (SMALL | MORE)[program] | {
+            "epochs": 2,
+            "log_every": 1,
+            "max_steps": 2,
+            "warmup_epochs": 0,
+            "run_dir": "run",
+        }
         first = []
     line = [f"{common.flag_of(name)}={value}" for name, value in usual.items() if name not in flags]
     line += [word for name, words in flags.items() if name != "weights" for word in words]
@@ -144,7 +150,7 @@ def answer(program: str, flags: dict[str, list[str]], root: Path) -> tuple[int, 
     return code, said.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("program", [*METHODS, "evaluate"])
+@pytest.mark.parametrize("program", [*METHODS, *MORE, "evaluate"])
 @settings(max_examples=int(os.environ.get("ATTACKS", 30)))
 @given(data=st.data())
 def test_any_flags_are_obeyed_or_answered_in_one_line(program, trained, data):

@@ -525,11 +525,11 @@ def test_sharp_and_even_outputs_are_no_collapse(capsys):
 
 WRONG = {
     "--outputs 1": "nothing to predict",
-    "--teacher-temperature 0": "--teacher-temperature must be positive",
-    "--student-temperature -1": "--student-temperature must be positive",
-    "--teacher-temperature-start 0": "--teacher-temperature-start must be positive",
-    "--head-hidden 0": "--head-hidden must be at least 1",
-    "--head-dim 0": "--head-dim must be at least 1",
+    "--teacher-temperature 0": "--teacher-temperature must be at least 0.0001",
+    "--student-temperature -1": "--student-temperature must be at least 0.0001",
+    "--teacher-temperature-start 0": "--teacher-temperature-start must be at least 0.0001",
+    "--head-hidden 0": "--head-hidden must be 1 to 32768",
+    "--head-dim 0": "--head-dim must be 1 to 32768",
     "--weight-decay-end -1": "--weight-decay-end must be at least 0",
     "--teacher-warmup-epochs nan": "--teacher-warmup-epochs must be at least 0",
     "--freeze-last-layer-epochs -1": "--freeze-last-layer-epochs must be at least 0",

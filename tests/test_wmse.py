@@ -319,7 +319,7 @@ def test_embeddings_that_have_collapsed_end_the_run_in_one_line(train, monkeypat
 
 
 IMPOSSIBLE = [
-    ({"views": 1}, "--views must be at least 2"),
+    ({"views": 1}, "--views must be 2 to 16"),
     ({"projector_hidden": 0}, "--projector-hidden "),
     ({"projector_dim": 0}, "--projector-dim "),
     ({"jitter_strength": -1.0}, "--jitter-strength "),
