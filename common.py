@@ -340,9 +340,9 @@ class Run:
         if fresh and torch.cpu.get_capabilities().get("avx512_bf16"):  # measured once, on an AMD Zen 4: 1.56 times
             say("hint     this CPU has bf16 instructions: --precision bf16 trains about 1.5 times as fast")
 
-    def batches(self, crops: "list[Crop]") -> "Iterator[tuple[int, Batch]]":
-        """(step, its batch) for every step that is left to take."""
-        steps = range(self.first_step, self.last_step)
+    def batches(self, crops: "list[Crop]", steps: range | None = None) -> "Iterator[tuple[int, Batch]]":
+        """(step, its batch) for every step that is left to take, or for `steps`."""
+        steps = range(self.first_step, self.last_step) if steps is None else steps
         made = batches(self.train, crops, steps, self.args.batch_size, self.args.seed, self.compute, self.args.workers)
         return zip(steps, made, strict=True)
 
