@@ -6,7 +6,7 @@ In the order in which a method's `main` meets it:
     the run         Run, and its parts: RunFolder (checkpoints, signals), Log (metrics, console), Judge (online kNN)
     processes       start_processes, all_gather, my_rows, SyncBatchNorm, distribute, full_precision
     images          Data, Crop, load_data: folders, torchvision's datasets, decoding by workers, procedural textures
-    networks        backbone, read_weights; LARS, cosine_schedule
+    networks        backbone, read_weights; LARS, LARC, cosine_schedule
     batches         Draws, View, Batch, batches: who sees which images, with which random numbers
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import functools
 import inspect
 import itertools
 import json
@@ -119,7 +120,7 @@ class Flags:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 1.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
+    optimizer: Literal["lars", "larc", "sgd"] = "lars"  # momentum 0.9 in all; larc: a variant of LARS, see common.py
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
@@ -1555,11 +1556,25 @@ class LARS(torch.optim.Optimizer):
 
     In a parameter group with `adapt=False`, as is usual for biases and BatchNorm, the first two lines are left out:
     neither decay nor adaptation. All tensors of a group are updated together, without a read from the device.
+
+    With `clip` (LARC of apex, LARS of solo-learn) the second line is
+
+        g <- g * min{eta * |p| / (|g without decay| + weight_decay * |p|) / lr, 1}
+
+    so that lr cancels, and does no more than cap the step of a tensor whose gradient is small.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
-        super().__init__(params, defaults)
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+        clip: bool = False,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "clip": clip}
+        super().__init__(params, defaults | {"adapt": True})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1568,12 +1583,17 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = [p.grad for p in params]
+            updates = gradients = [p.grad for p in params]
             if group["adapt"]:
                 # A copy: it is scaled in place below.
-                updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
                 p_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, updates))
-                ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
+                ratio = group["eta"] * p_norm / g_norm
+                if group["clip"]:
+                    raw_norm = torch.stack(torch._foreach_norm(gradients))
+                    ratio = group["eta"] * p_norm / (raw_norm + group["weight_decay"] * p_norm) / group["lr"]
+                    ratio = ratio.clamp(max=1)  # infinite where lr is 0, as in the first step of a warm-up
+                ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, list(ratio.unbind()))
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
@@ -1583,6 +1603,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
         return loss
+
+
+LARC = functools.partial(LARS, eta=0.02, clip=True)  # eta of apex and solo-learn
 
 
 def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
