@@ -123,6 +123,7 @@ class Args:
     output: str = ""  # folder for results and pictures; none: where the weights are
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the network
     workers: int = 2  # for images that do not fit in memory
+    full_decode: bool = False  # decode JPEGs at full size, as is done anyway if the run did
 
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of features with a variance of 1
@@ -540,8 +541,10 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     # Beside a file that was named itself, another program's args.json may lie.
     flags = file.parent / "args.json"
     run = read_flags(flags, required=file is not path) if flags.exists() else {}
-    inherited = ("image_size", "mean", "std") + (() if args.dataset or args.data_dir else ("dataset", "data_dir"))
-    usual |= {name: run[name] for name in inherited if run}
+    inherited = ("image_size", "mean", "std", "full_decode") + (
+        () if args.dataset or args.data_dir else ("dataset", "data_dir")
+    )
+    usual |= {name: run[name] for name in inherited if name in run}
     if any(args.std):
         del usual["mean"], usual["std"]  # given by hand, where 0 0 0 is a mean
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
@@ -672,6 +675,8 @@ def main(args: Args) -> dict[str, Any]:
     judge = Judge(args.image_size, args.mean, args.std, compute, args.workers)
     known = "targets" if args.protocol == "regress" else "labels"
     train, test = load_data(args.dataset, args.data_dir, args.train_limit, device, known)
+    for data in filter(None, (train, test)):
+        data.full_decode = args.full_decode
     if test is None and known == "targets":
         refuse("--protocol regress needs targets for training and test images: those of patterns, or a targets.csv")
     if test is None and args.protocol != "diagnose":

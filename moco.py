@@ -343,8 +343,8 @@ if __name__ == "__main__":
 #                       mean as running statistics                                 of the first
 # v2+                   mean of both directions; the keys of   –                   CIFAR-10 demo: their sum; the keys of
 #                       view 2 alone go to the queue (1)                           both views; a linear head
-# flip                  before the colours, which is the same  –                   last
-# blur's kernel         Gaussian, a tenth of the image wide    –                   Pillow's box approximation
+# blur                  Gaussian; the border is mirrored       –                   Pillow's boxes; border repeated
+# large JPEGs           decoded smaller, or --full-decode      –                   decoded at full size
 # precision             bf16 on a GPU                          –                   float32, as --precision fp32
 #
 # (1) So it holds K different images.

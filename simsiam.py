@@ -265,7 +265,8 @@ if __name__ == "__main__":
 # residual branches     start at zero, not in `quick`          –          start at zero
 # weight decay          on all; with LARS not on 1-d tensors   on all     on all
 # flip                  before the colours (5)                 –          last
-# blur's kernel         Gaussian, a tenth of the image wide    –          Pillow's box approximation
+# blur                  Gaussian; the border is mirrored       –          Pillow's boxes; the border is repeated
+# large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
 # precision             bf16 on a GPU                          –          float32, as --precision fp32
 #
 # (1) Half an epoch behind on average, and never 0.

@@ -321,13 +321,15 @@ if __name__ == "__main__":
 # (–: it does not say)  here                                   paper      official code
 #
 # LARS                  of every tensor; divides by the norm   –          of every tensor (LARC); divides by the sum of
-#                       of gradient and decay together                    the norms of gradient and decay
+#                       of gradient and decay together                    the norms of gradient and decay, plus 1e-8
 # projector             no bias before BatchNorm               –          with one, though BatchNorm removes it
-# warm-up               from 0                                 –          from 0.3 to 4.8: from a sixteenth of the peak
+# warm-up               from 0                                 –          from 0.3 to 4.8, reached a step earlier
+# frozen prototypes     one epoch, 312 steps at batch 4096     –          313 steps
 # scores                in float32 under autocast, too (1)     –          fp16
 # queue                 its rows are kept once for all ranks   –          each rank has the rows of its own images
 # BatchNorm             over the images of all processes       –          of groups of eight GPUs, at batch 4096
-# blur's kernel         Gaussian, a tenth of the image wide    –          Pillow's box approximation
+# blur                  Gaussian; the border is mirrored       –          Pillow's boxes; the border is repeated
+# large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
 # small images          two crops, few prototypes, and         –          –
 #                       sharper codes in `quick`
 #

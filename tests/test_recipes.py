@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import quick
 import torch
 from methods import METHODS, SMALL, module
+from PIL import Image
 
 import barlow
 import common
+import evaluate
 import moco
 import swav
 import vicreg
@@ -88,3 +91,25 @@ def test_without_adapt_all_biases_and_batchnorm_of_swav_are_neither_adapted_nor_
     for name, weight in saved[0]["model"].items():
         frozen = name == "prototypes.weight"
         assert torch.equal(weight, saved[1]["model"][name]) == (weight.ndim < 2 or frozen), name
+
+
+def test_full_decode_reaches_every_image_of_a_run_and_of_its_evaluation(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for split, name in ((split, f"{kind}/{i}.jpg") for split in ("train", "val") for kind in "ab" for i in range(4)):
+        file = tmp_path / split / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (300, 280, 3), dtype=np.uint8)).save(file)
+    flags = {"data_dir": str(tmp_path), "dataset": "folder", "workers": 0, "image_size": 32, "batch_size": 4}
+    asked = []
+
+    def decode_crops(image, boxes, crops, full_decode, decode=common.decode_crops):
+        asked.append(full_decode)
+        return decode(image, boxes, crops, full_decode)
+
+    monkeypatch.setattr(common, "decode_crops", decode_crops)
+    for full in (False, True):
+        run = str(tmp_path / f"run{full}")
+        vicreg.main(vicreg.Args(**SMALL["vicreg"], **flags, epochs=1, run_dir=run, full_decode=full))
+        evaluate.main(evaluate.Args(run, k=3, workers=0))
+        assert len(asked) == 8 + 16 + 16 + 16 and set(asked) == {full}, "training, online kNN twice, evaluation"
+        asked.clear()
