@@ -169,6 +169,7 @@ class DeepCluster(nn.Module):
 
 UNSEEN = -100  # in place of the cluster of an image that was in no batch yet
 CLUSTERS = 4  # first word of the key of k-means' random numbers: common.py has 1 to 3
+AT_ONCE = 2**25  # cosines that k-means computes at once
 
 
 @torch.no_grad()
@@ -184,7 +185,7 @@ def spherical_kmeans(x: Tensor, k: int, iterations: int, start: Tensor) -> tuple
     with torch.autocast(x.device.type, enabled=False):
         x = F.normalize(full_precision(x), dim=1)  # N×d
         centroids = x[start]  # k×d
-        pieces = x.split(max(1, 2**26 // k))  # of which the cosines to all centroids fit in memory
+        pieces = x.split(max(1, AT_ONCE // k))  # m×d each
         for _ in range(iterations):
             sums, counts = torch.zeros_like(centroids), x.new_zeros(k, 1)  # k×d, k×1
             for piece in pieces:
@@ -286,7 +287,7 @@ def main(args: Args) -> dict[str, float]:
     run.start(model=model, optimizer=optimizer, bank=bank)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
     peak_lr = args.base_lr * args.batch_size / 256
-    labels, classes = run.train.labels.to(run.device), len(run.train.labels.unique())
+    labels, classes = run.train.labels.to(run.device), int(run.train.labels.max()) + 1
     labelled = bool((run.train.labels >= 0).all())
 
     if run.first_step == 0:  # the first clusters are those of the untrained network
