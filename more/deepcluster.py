@@ -2,30 +2,31 @@
 ECCV 2018, arXiv 1807.05520), as improved in the SwAV paper (Caron et al.; NeurIPS 2020, arXiv 2006.09882).
 
 By turns, the embeddings of all images are clustered, and the network learns to tell from any view of an image to which
-cluster it belongs:
+cluster it belongs. With z_i the embedding of image i, of length 1, and all c_k of length 1:
 
-    a_i, c_k = spherical k-means of the embeddings z_i, of length 1: a_i is the nearest centroid  (1807's eq. 2)
+    a_i, c_k = spherical k-means of all z_i: a_i is the nearest of K centroids c_k         (DeepCluster, eq. 2)
     p_k(z)   = exp(z·c_k / T) / sum over j of exp(z·c_j / T)
-    loss     = mean over clusterings, views and images of  -log p of the image's cluster, a_i       (1807's eq. 1)
+    loss     = mean over clusterings, views and images i of  -log p_k(z),  k = a_i         (DeepCluster, eq. 1)
 
-Clusters are made at the start of each epoch, from the embeddings that the last one left in a bank, and are frozen until
-the next. The centroids are themselves the weights of the classifier. (Version 1 learned such weights and had to begin
-anew after each clustering, for clusters come in no order.) One clustering is noisy; the loss is a mean over several,
-`--heads`, which start from different images, and by turns cluster the embeddings of the first and second large view.
+Clusters are made at the start of each epoch, from the embeddings that the last one left in a bank, and fixed until the
+next. Their centroids are the weights of the classifier. (Version 1 learned such weights, and had to begin anew after
+each clustering, for clusters come in no order.) One clustering is noisy, so there are several, `--heads`, which start
+from different images and take turns at the embeddings of the first and the second large view.
 
-A point would have the lowest loss, and the network goes there slowly, if at all: within an epoch it has targets that
-differ from image to image, K of them, and at the next the clusters are found again, however close the embeddings are.
-K must be much smaller than the number of images: images in a cluster are what the network learns to see as alike.
+Fixed clusters prevent collapse within an epoch: were all embeddings the same, the loss would be at least the entropy of
+the clusters' sizes, log K if they are equal. What could collapse is the clustering, into one cluster that takes all
+images. But each begins at K images drawn at random, among which the others are divided, however close they all are.
 
-What you should see: the loss starts near log K (4.16 at K = 64) TODO and falls; `accuracy`, how often the nearest
-centroid is that of the image's cluster, rises from 1/K. `purity`, the share of images that have the most frequent label
-of their cluster (which nothing but this number uses), goes from 0.20 to 0.37, and with `python more/deepcluster.py`
-the online kNN from 53 % to 72 %. Signs of trouble: the loss falls fast while `purity` stays and the effective rank
-sinks: the clusters follow the views' colours, not what they show.
+What you should see: the loss starts at 3.7, under log K (4.16 at K = 64): a view is near the cluster of its image from
+the beginning. As the learning rate rises, the loss goes above log K, for the clusters are those of an earlier network;
+then it falls to 3.3. `accuracy`, how often the nearest centroid is that of the image's cluster, stays low. `purity`,
+the share of images that have the most frequent label of their cluster (which nothing but this number uses), goes from
+0.20 to 0.39, the effective rank from 90 to 11, and with `python more/deepcluster.py` the online kNN from 53 % to 77 %.
+Signs of trouble: the loss stays at log K, or `purity` at its first value; then lower --base-lr, or --prototypes.
 
     python more/deepcluster.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
-Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
+Read views, network, clusters, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
 
 from dataclasses import dataclass
@@ -83,13 +84,13 @@ LARGE_CROPS = 2  # the views that are clustered
 
 RECIPES = {
     "quick": {},
-    # solo-learn's settings, which train 1000 epochs.
+    # solo-learn's learning rate, decay, clusters and clusterings; it trains 1000 epochs.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=256, warmup_epochs=10, base_lr=0.6, optimizer="lars", crop_min_scale=0.08, prototypes=3000,
         projector_hidden=2048,
     ),
-    # The official code's longest run: table 7 of the SwAV paper.
+    # The official code's longest run.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=4096, epochs=800, warmup_epochs=10, base_lr=0.3, optimizer="lars", crop_min_scale=0.14, blur=True,
@@ -115,7 +116,7 @@ def check(args: Args, images: int) -> None:
         refuse(f"--small-scale {low} {high} must be two shares of the area, the smaller one first")
     seen = images // args.batch_size * args.batch_size  # in an epoch
     if not 2 <= args.prototypes <= seen:
-        refuse(f"--prototypes {args.prototypes} must be 2 to the {seen} images of an epoch, much fewer than these")
+        refuse(f"--prototypes {args.prototypes} must be 2 to the {seen} images of an epoch; take {max(2, seen // 8)}")
 
 
 # ------------------------------------------------------------------------------------------------------ views

@@ -434,7 +434,7 @@ IMPOSSIBLE = [
     ({"temperature": 0.0}, "--temperature "),
     ({"temperature": math.nan}, "--temperature "),
     ({"prototypes": 1}, "--prototypes 1 must be 2 to the 64 images of an epoch"),
-    ({"prototypes": 65}, "--prototypes 65 must be 2 to the 64 images of an epoch"),
+    ({"prototypes": 65}, "--prototypes 65 must be 2 to the 64 images of an epoch; take 8"),
     ({"prototypes": 49, "batch_size": 48}, "--prototypes 49 must be 2 to the 48 images of an epoch"),
     ({"heads": 0}, "--heads must be 1 to "),
     ({"kmeans_iterations": 0}, "--kmeans-iterations must be 1 to "),
