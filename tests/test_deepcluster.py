@@ -349,14 +349,14 @@ def test_fewer_images_than_clusters_leave_some_empty():
 def test_crops_of_one_size_share_a_batch_and_every_weight_gets_a_gradient(tmp_path):
     torch.manual_seed(0)
     model = DeepCluster(tiny("deepcluster", tmp_path))
-    xs = [torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16), torch.rand(4, 3, 8, 8)]
+    xs = [torch.rand(4, 3, size, size, requires_grad=True) for size in (16, 16, 8)]
     alone = copy.deepcopy(model)
     z = model(xs)
     h = torch.cat([alone.backbone(torch.cat(xs[:2])), alone.backbone(xs[2])])
     close(z, alone.projector(h))
     assert model.backbone.bn1.num_batches_tracked == 2 and model.projector[1].num_batches_tracked == 1
     deepcluster_loss(z, torch.arange(8).reshape(2, 4) % 3, torch.randn(2, 3, 16), 0.1)[0].backward()
-    assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
+    assert all(p.grad is not None and p.grad.norm() > 0 for p in (*model.parameters(), *xs))
 
 
 @pytest.fixture
@@ -371,20 +371,20 @@ def test_a_run_fills_the_bank_clusters_each_epoch_and_predicts_the_clusters_of_i
     images = [set(index.tolist()) for _, index in common.batch_indices(28, 8, range(9), 0)]
 
     def spy_forward(self, views):
-        model[:] = [self]
         events.append("pass" if torch.is_grad_enabled() else "look")
         assert self.training and len(views) == 3
-        return forward(self, views)
+        model[:] = [self, forward(self, views)]
+        return model[1]
 
     def spy_update(self, index, views):
         before = copy.deepcopy(self.rows)
         update(self, index, views)
+        close(views, model[1].detach().chunk(3)[:2], rtol=0, atol=0)  # the large crops, in order
         changed = {i for i in range(28) if not torch.equal(self.rows[:, i], before[:, i])}
         done = sum(event == "update" for event in events)
         assert set(index.tolist()) == images[done if done < 3 else done - 3] and changed <= set(index.tolist())
-        moved = torch.cat([p.detach().flatten() for p in model[0].parameters()]) if model else None
         events.append("update")
-        banks[:] = [self, moved]
+        banks[:] = [self, torch.cat([p.detach().flatten() for p in model[0].parameters()])]
 
     def spy_cluster(self, iterations, seed, epoch):
         cluster(self, iterations, seed, epoch)
