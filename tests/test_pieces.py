@@ -205,6 +205,18 @@ def dino_loss(m) -> list[Any]:
     return with_gradient(lambda *student: m.dino_loss(list(student), [b, a], center, 0.1, 0.04), a, b, a * b)
 
 
+def deepcluster_loss(m) -> list[Any]:
+    assignments, centroids = torch.tensor([[0, 2, -100, 1], [1, 1, 0, 0]]), torch.stack(views())[:, :3].detach()
+    return with_gradient(lambda a, b: m.deepcluster_loss(torch.cat([a, b]), assignments, centroids, 0.2), *views())
+
+
+def deepcluster_bank(m) -> dict[str, Tensor]:
+    bank = m.Bank(6, 3, 2, 6)
+    bank.update(torch.tensor([0, 5, 2, 1]), views())
+    bank.cluster(2, 0, 1)
+    return bank.state_dict()
+
+
 def moved(update: Callable[[nn.Module, nn.Module], None]) -> dict[str, Tensor]:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     update(slow, fast)
@@ -313,6 +325,12 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
     "dino.dino_loss": dino_loss,
     "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
+    "rotnet.rotation_loss": lambda m: with_gradient(lambda a: m.rotation_loss(a, torch.arange(4)), views()[0]),
+    "rotnet.rotations": lambda m: m.rotations(images()[..., :10, :]),
+    "deepcluster.deepcluster_loss": deepcluster_loss,
+    "deepcluster.spherical_kmeans": lambda m: m.spherical_kmeans(torch.cat(views()), 3, 2, torch.arange(3)),
+    "deepcluster.Bank": deepcluster_bank,
+    "deepcluster.purity": lambda m: m.purity(SOME.long()[None], torch.tensor([0, 1, 1, 0]), 2, 2),
     "common.LARS": lars,
     "common.cosine_schedule": lambda m: [m.cosine_schedule(step, 10, 3, 2.0, 0.1) for step in range(12)],
     "common.all_gather": lambda m: with_gradient(m.all_gather, views()[0]),
