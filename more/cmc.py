@@ -102,17 +102,15 @@ def split(x: Tensor, space: str) -> list[Tensor]:
     """
     r, g, b = x.split(1, dim=1)  # n×1×s×s
     if space == "lab":
-        r, g, b = (((c + 0.055) / 1.055).pow(2.4).where(c > 0.04045, c / 12.92) for c in (r, g, b))  # linear light
-        xyz = torch.cat(
-            [
-                (0.4124 * r + 0.3576 * g + 0.1805 * b) / 0.9505,
-                0.2126 * r + 0.7152 * g + 0.0722 * b,
-                (0.0193 * r + 0.1192 * g + 0.9505 * b) / 1.0890,
-            ],
-            dim=1,
-        )  # over that of white
-        root = xyz.pow(1 / 3).where(xyz > (6 / 29) ** 3, xyz * (29 / 6) ** 2 / 3 + 4 / 29)
-        fx, fy, fz = root.split(1, dim=1)
+        r, g, b = (((c + 0.055) / 1.055).pow(2.4).where(c > 0.04045, c / 12.92) for c in (r, g, b))  # linear in light
+        # CIE XYZ over that of white, in which the numbers of a row sum to the divisor.
+        xyz_over_white = (
+            (0.412391 * r + 0.357584 * g + 0.180481 * b) / 0.950456,
+            0.212639 * r + 0.715169 * g + 0.072192 * b,
+            (0.019331 * r + 0.119195 * g + 0.950532 * b) / 1.089058,
+        )
+        # A cube root, but a straight line near 0.
+        fx, fy, fz = (t.pow(1 / 3).where(t > (6 / 29) ** 3, t * (29 / 6) ** 2 / 3 + 4 / 29) for t in xyz_over_white)
         x = torch.cat([1.16 * fy - 0.16, 5 * (fx - fy), 2 * (fy - fz)], dim=1)
     elif space == "ycbcr":
         y = 0.299 * r + 0.587 * g + 0.114 * b
