@@ -1,6 +1,31 @@
 """CMC: Contrastive Multiview Coding (Tian, Krishnan, Isola; ECCV 2020, arXiv 1906.05849).
 
-TODO
+The two views of an image are not two crops but two parts of its colours: lightness, and colour without lightness, of
+the same crop. Each has an encoder of its own, and neither sees what the other does. With z_1 to z_M the embeddings of
+M views of N images, of length 1, view i of an image has to find view j of it among the N:
+
+    L(i→j) = mean over images k of  -log  exp(z_i,k·z_j,k / T)  /  sum over l of exp(z_i,k·z_j,l / T)
+    L(i, j) = L(i→j) + L(j→i)                                                                     (two views)
+    loss = sum over j > 1 of L(1, j)      core view, `--graph core`
+    loss = sum over i < j of L(i, j)      full graph, `--graph full`
+
+What both views show is there in the scene; what only one of them shows, such as noise, does not help to find the other
+and is left out. So no jitter is needed: the views differ by nature, as sight and sound do. `--space lab` and `ycbcr`
+separate lightness from colour. `--space rgb` has three views, red, green and blue, and shows what happens where views
+differ little: the task is easy, and the encoders need not leave out much.
+
+The other images prevent collapse, as in SimCLR: were all embeddings the same, the loss would be 2 log N for each pair.
+The paper takes its negatives from memory banks; here they come from the batch. One shortcut is left: both views share
+the crop, so whatever tells where edges are will do.
+
+What one keeps is h, the outputs of all backbones side by side: twice as wide as elsewhere. encoder.pt has one ResNet
+for each view, named by it (`l.conv1.weight`, `ab.conv1.weight`). The encoder splits images, in [0, 1], itself.
+
+What you should see: TODO
+
+    python more/cmc.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+
+Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
 
 from dataclasses import dataclass
@@ -51,10 +76,13 @@ class Args(Flags):
 
 RECIPES = {
     "quick": {},
+    # From no paper: epochs, batch and warm-up of simclr.py, learning rate and decay as in `quick`.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
         batch_size=512, warmup_epochs=10,
     ),
+    # The official code's, whose learning rate falls in three steps. Its banks hold 16384 negatives for a batch of 256;
+    # here the batch has to hold them, so it is larger.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=1024, epochs=240, warmup_epochs=0, base_lr=0.03, crop_min_scale=0.08, temperature=0.07,
@@ -82,7 +110,7 @@ def crops(args: Args) -> list[Crop]:
 
 
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
-    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws (appendix A)."""
+    """What happens to the whole image, (n, 3, s, s) in [0, 1], before it is split; every image has its own draws."""
     strength, hue = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=strength, contrast=strength, saturation=strength, hue=hue, p=0.8)
@@ -165,9 +193,9 @@ class CMC(nn.Module):
 def cmc_loss(z: list[Tensor], temperature: float, core: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of L(i, j) + L(j, i) over pairs of views; z are this rank's embeddings of M views, (n, d) each.
 
-    The pairs are those with view `core` (eq. 7), or by default all (eq. 8). Every l is a mean over this rank's n
-    images, each compared with the N of all ranks; the mean of that over ranks is the loss of the global batch. In
-    float32 (float64 stays). Terms: the mean cosine of two views of an image, and how often the own image comes first.
+    The pairs are those with view number `core`, from 0, or by default all. The means are over this rank's n images,
+    each compared with the N of all ranks; the mean of that over ranks is the loss of the global batch. In float32
+    (float64 stays). Terms: the mean cosine of two views of an image, and how often the own image comes first.
     """
     with torch.autocast(z[0].device.type, enabled=False):
         z = [F.normalize(full_precision(view), dim=1) for view in z]  # n×d each
@@ -225,3 +253,16 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file, the paper and the official code differ
+#
+# (–: it does not say)  here                                 paper            official code
+#
+# negatives             the other images of the batch        16384 of a bank  the same; their mean of old and new ones
+# loss                  a softmax over the batch             –                NCE; the softmax with --softmax
+# colours               Lab over 100; JPEG's YCbCr           Lab              Lab or YCbCr, each channel within [-1, 1]
+# three views and more  red, green, blue                     depth and other  –
+# width                 a whole ResNet for each view         halves           halves, or a ResNet-50 of any width
+# learning rate         a cosine at every step               –                a tenth after 120, 160 and 200 epochs
+# weight decay          not on biases and BatchNorm          –                on all of them
+# precision             bf16 on a GPU, the loss in float32   –                float32
