@@ -1494,7 +1494,9 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 # The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
 # What a ResNet and torchvision's vision transformer consist of, by their first convolution.
-_TRUNKS = {"conv1.weight": r"(conv1|bn1|layer[1-4])\..*", "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
+_RESNET = r"(conv1|bn1|layer[1-4])\..*"
+_TRUNKS = {"conv1.weight": _RESNET, "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
+_TRUNKS |= {f"{v[0]}.conv1.weight": rf"({v})\.{_RESNET}" for v in ("l|ab", "y|cbcr", "r|g|b")}  # of more/cmc.py
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

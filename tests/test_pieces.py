@@ -323,6 +323,8 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "nnclr.Support": nnclr_support,
     "wmse.wmse_loss": wmse_loss,
     "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
+    "cmc.cmc_loss": lambda m: with_gradient(lambda *z: m.cmc_loss(list(z), 0.2, core=1), *views(), views()[0] + 1),
+    "cmc.split": lambda m: [m.split(images(), space) for space in ("lab", "ycbcr", "rgb")],
     "dino.dino_loss": dino_loss,
     "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
     "rotnet.rotation_loss": lambda m: with_gradient(lambda a: m.rotation_loss(a, torch.arange(4)), views()[0]),
