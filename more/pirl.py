@@ -1,0 +1,321 @@
+"""PIRL
+
+docstring to come.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import (
+    LARS,
+    Crop,
+    Draws,
+    Flags,
+    Run,
+    View,
+    all_gather,
+    backbone,
+    check_least,
+    check_widths,
+    color_jitter,
+    distribute,
+    full_precision,
+    grayscale,
+    my_rows,
+    normalize,
+    parse_args,
+    random_blur,
+    refuse,
+)
+
+NEGATIVES, TILES = 4, 5  # first words of the keys of this file's own random numbers, beside those in common.py
+GRID = 3  # a puzzle has 3x3 tiles
+
+
+@dataclass
+class Args(Flags):
+    epochs: int = 10
+    base_lr: float = 0.1
+    optimizer: Literal["lars", "sgd"] = "sgd"
+    weight_decay: float = 1e-4
+    transform: Literal["none", "rotation", "jigsaw"] = "rotation"  # what the features ignore; none: NPID
+    lam: float = 0.5  # lambda, weight of the transformed image; the rest is the image's own
+    loss: Literal["softmax", "nce", "pirl"] = "softmax"  # softmax, NPID's estimate of it, or PIRL's
+    negatives: int = 0  # K, rows of the bank drawn at each step; 0: all of them
+    temperature: float = 0.1  # T
+    bank_momentum: float = 0.5  # m, share of a row that an update keeps
+    tile_size: int = 0  # pixels, of a tile of the puzzle; 0: three eighths of the image's
+    head_dim: int = 128  # d, width of the embeddings
+
+
+RECIPES = {
+    "quick": {},
+}  # fmt: skip
+
+
+def check(args: Args, images: int) -> None:
+    """Refuse impossible values of this method's flags, and more negatives than there are images."""
+    check_widths(args, "head_dim")
+    check_least(args, 1e-4, "temperature")
+    check_least(args, 0, "bank_momentum", "lam", most=1)
+    check_least(args, 0, "negatives", most=images)
+    check_least(args, 0, "tile_size", most=1024)
+
+
+def tile_size(args: Args) -> int:
+    """Pixels: `--tile-size`, or three eighths of the image."""
+    return args.tile_size or 3 * args.image_size // 8
+
+
+# ------------------------------------------------------------------------------------------------------ views
+
+
+def crops(args: Args) -> list[Crop]:
+    """The first step of each view, made where the image is decoded: a random resized crop and flip of its own.
+
+    The second is what will be transformed; the puzzle is cut from a larger picture of more of the image.
+    """
+    image = Crop(args.image_size, (args.crop_min_scale, 1.0), "bilinear", flip=0.5 * args.flip)
+    cell = tile_size(args) * 4 // 3  # pixels; it leaves a tile a third of its side to move in
+    puzzle = Crop(GRID * cell, (max(0.6, args.crop_min_scale), 1.0), "bilinear", flip=0.5 * args.flip)
+    return {"none": [image], "rotation": [image, image], "jigsaw": [image, puzzle]}[args.transform]
+
+
+def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
+    """The rest of a view, (n, 3, s, s) in [0, 1] -> normalised; every image has its own draws."""
+    if args.grayscale:
+        x = grayscale(x, draws.chance(0.2))
+    if args.color_jitter:
+        x = color_jitter(x, draws, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, p=1.0)
+    if args.blur:
+        x = random_blur(x, draws, p=0.5)
+    return normalize(x, args.mean, args.std)
+
+
+def rotate(x: Tensor, quarters: Tensor) -> Tensor:
+    """(n, 3, s, s), each turned counter-clockwise by so many quarters of a circle, (n,) integers from 0 to 3."""
+    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # 4×n×3×s×s
+    return turned[quarters.to(x.device, non_blocking=True), torch.arange(len(x), device=x.device)]  # n×3×s×s
+
+
+def tiles(x: Tensor, draws: Draws, grid: int, size: int) -> Tensor:
+    """(n, 3, s, s) -> (n, grid², 3, size, size): a tile from each cell of a grid, row by row, at a place of its own.
+
+    The cells have s // grid pixels a side, and a tile lies anywhere within its cell, drawn for each: so there are gaps
+    between tiles, and no edge continues from one to the next. A tile larger than its cell is a ValueError.
+    """
+    cell = x.shape[-1] // grid
+    if not 0 < size <= cell:
+        raise ValueError(f"a tile of {size} pixels does not fit into a cell of {cell}")
+    offset = (draws.uniform(0, 1, grid**2, 2) * (cell - size + 1)).long()  # n×grid²×2
+    corner = cell * torch.cartesian_prod(torch.arange(grid), torch.arange(grid))  # grid²×2
+    pixel = ((corner + offset)[..., None] + torch.arange(size)).to(x.device, non_blocking=True)  # n×grid²×2×size
+    rows, columns = pixel[:, :, 0, :, None], pixel[:, :, 1, None]  # n×grid²×size×1 and n×grid²×1×size
+    image = torch.arange(len(x), device=x.device)[:, None, None, None]
+    return x.permute(0, 2, 3, 1)[image, rows, columns].permute(0, 1, 4, 2, 3)  # n×grid²×3×size×size
+
+
+def transform(view: View, args: Args, step: int) -> Tensor:
+    """Iᵗ, the second view transformed: (n, 3, s, s) turned, or (n, 9, 3, t, t) tiles in random order, each with colours
+    of its own.
+    """
+    x, draws = view
+    if args.transform == "rotation":
+        return rotate(augment(x, draws, args), draws.uniform(0, 4).long())
+    pieces, order = tiles(x, draws, GRID, tile_size(args)), draws.order(GRID**2)  # n×9×3×t×t and n×9
+    pieces = pieces[torch.arange(len(x))[:, None], order]
+    total = GRID**2 * args.batch_size  # tiles of all ranks
+    colours = Draws((TILES, args.seed, step), total, my_rows(total))
+    return augment(pieces.flatten(0, 1), colours, args).unflatten(0, order.shape)
+
+
+# ---------------------------------------------------------------------------------------------------- network
+
+
+class PIRL(nn.Module):
+    """Backbone and heads: f for the image, g for what is transformed. No head has BatchNorm."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.backbone, width = backbone(args.arch, args.stem, zero_init=False)
+        d = args.head_dim
+        self.f = nn.Linear(width, d)
+        if args.transform == "rotation":
+            self.g = nn.Linear(width, d)
+        elif args.transform == "jigsaw":
+            self.tile = nn.Linear(width, d)  # of every tile
+            self.g = nn.Linear(GRID**2 * d, d)  # of the nine together
+
+    def forward(self, x: Tensor, transformed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        f = self.f(self.backbone(x))  # n×3×s×s -> n×width -> n×d
+        if transformed is None:
+            return f, None
+        if transformed.ndim == 4:
+            return f, self.g(self.backbone(transformed))
+        h = self.backbone(transformed.flatten(0, 1))  # n×9×3×t×t -> 9n×width, all tiles in one pass
+        return f, self.g(self.tile(h).view(len(x), -1))  # 9n×d -> n×9d -> n×d
+
+
+class Bank(nn.Module):
+    """A row for every image, (N, d): a running mean of its embeddings, normalised, the same on every rank.
+
+    Rows start at 0, so that the first update of a row puts the embedding itself there; until then its cosines are 0.
+    """
+
+    def __init__(self, images: int, dim: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("rows", torch.zeros(images, dim))  # N×d
+        self.register_buffer("log_z", torch.tensor(math.nan))  # ln(Z/N), for the NCE
+
+    @torch.no_grad()
+    def update(self, index: Tensor, z: Tensor) -> None:
+        """Row i <- m row i + (1 - m) z/|z|, normalised, for the images of `index` (n,), with embeddings z (n, d)."""
+        index = index.to(self.rows.device, non_blocking=True)
+        z = F.normalize(z.to(self.rows.dtype), dim=1)
+        self.rows[index] = F.normalize(torch.lerp(z, self.rows[index], self.momentum), dim=1)
+
+
+@torch.no_grad()
+def fill(bank: Bank, model: PIRL, run: Run) -> None:
+    """Embed an epoch of images, views that no epoch of the training has, with the network untrained."""
+    steps = range(run.total_steps, run.total_steps + run.steps_per_epoch)
+    for _, batch in run.batches(crops(run.args)[:1], steps):
+        x = augment(*batch.views[0], run.args)  # n×3×s×s
+        with run.autocast:
+            f, _ = model(x)  # n×d
+        bank.update(batch.index, all_gather(f))
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+def similarities(
+    query: Tensor, own: Tensor, negatives: Tensor, temperature: float, same: Tensor | None = None
+) -> Tensor:
+    """(n, 1 + K) cosines over T of each query with its own row and with the negatives, -inf where it is the `same`."""
+    # Normalising makes new tensors: the bank may change before the backward pass.
+    query, own, negatives = (F.normalize(full_precision(z), dim=-1) for z in (query, own.detach(), negatives.detach()))
+    positive = (query * own).sum(dim=1, keepdim=True)  # n×1
+    negative = query @ negatives.T if negatives.ndim == 2 else (negatives @ query[:, :, None])[:, :, 0]  # n×K
+    if same is not None:
+        negative = negative.masked_fill(same, -torch.inf)
+    return torch.cat([positive, negative], dim=1) / temperature
+
+
+@torch.no_grad()
+def estimate_log_z(
+    query: Tensor, own: Tensor, negatives: Tensor, temperature: float, same: Tensor | None = None
+) -> Tensor:
+    """ln(Z/N), with Z/N the mean of exp(cosine / T) over queries of all ranks, own rows and negatives."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = similarities(query, own, negatives, temperature, same)
+        total, count = scores.flatten().logsumexp(0), scores.isfinite().sum().log()
+        return all_gather(total[None]).logsumexp(0) - all_gather(count[None]).logsumexp(0)
+
+
+def bank_nce_loss(
+    query: Tensor,
+    own: Tensor,
+    negatives: Tensor,
+    temperature: float,
+    loss: Literal["softmax", "nce", "pirl"] = "softmax",
+    log_z: Tensor | None = None,
+    same: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """doc"""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = similarities(query, own, negatives, temperature, same)  # n×(1+K)
+        positive, negative = scores[:, 0], scores[:, 1:]  # n and n×K
+        if loss == "nce":
+            noise = log_z + math.log(negative.shape[1])
+            value = -F.logsigmoid(positive - noise) - F.logsigmoid(noise - negative).sum(dim=1)
+        else:
+            log_p = scores.log_softmax(dim=1)
+            value = -log_p[:, 0]
+            if loss == "pirl":
+                rest = -log_p[:, 1:].expm1()  # n×K, 1 - p
+                value = value - rest.clamp(min=torch.finfo(rest.dtype).eps).log().sum(dim=1)
+        with torch.no_grad():
+            accuracy = (positive > negative.amax(dim=1)).to(scores.dtype).mean()
+    return value.mean(), {"positive": temperature * positive.detach().mean(), "accuracy": accuracy}
+
+
+def pirl_loss(
+    f: Tensor,
+    g: Tensor,
+    own: Tensor,
+    negatives: Tensor,
+    lam: float,
+    temperature: float,
+    loss: Literal["softmax", "nce", "pirl"] = "softmax",
+    log_z: Tensor | None = None,
+    same: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """doc"""
+    transformed, terms_g = bank_nce_loss(g, own, negatives, temperature, loss, log_z, same)
+    image, terms = bank_nce_loss(f, own, negatives, temperature, loss, log_z, same)
+    return lam * transformed + (1 - lam) * image, {**terms, "transformed": terms_g["accuracy"]}
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+
+def main(args: Args) -> dict[str, float]:
+    """Train; return the last value of every metric."""
+    run = Run("pirl", args, RECIPES)  # processes, device, images, seed
+    args = run.args
+    check(args, len(run.train))
+
+    model = run.place(PIRL(args))  # on the device; --init; BatchNorm over the images of all processes
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
+    # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
+    make = LARS if args.optimizer == "lars" else torch.optim.SGD
+    optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    bank = Bank(len(run.train), args.head_dim, args.bank_momentum).to(run.device, run.dtype)
+    run.start(model=model, optimizer=optimizer, bank=bank)  # from a checkpoint, if there is one
+    network = distribute(model)  # averages gradients over processes: common.py tells why that is exact
+    peak_lr = args.base_lr * args.batch_size / 256
+    if run.first_step == 0:
+        fill(bank, model, run)
+
+    for step, batch in run.batches(crops(args)):
+        lr = run.schedule(step, peak_lr, final=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        view, *second = batch
+        x = augment(*view, args)  # n×3×s×s
+        transformed = transform(*second, args, step) if second else None  # n×3×s×s or n×9×3×t×t
+        with run.autocast:
+            f, g = network(x, transformed)  # n×d each; without a transform, g is None
+        drawn = np.random.default_rng((NEGATIVES, args.seed, step)).integers(len(bank.rows), size=args.negatives)
+        chosen = torch.from_numpy(drawn) if args.negatives else torch.arange(len(bank.rows))  # K, on every rank the same
+        index = batch.index[my_rows(args.batch_size)]  # n
+        same = (index[:, None] == chosen).to(run.device, non_blocking=True)  # n×K: an image is not its own negative
+        own, negatives = bank.rows[index.to(run.device)], bank.rows[chosen.to(run.device)]  # n×d and K×d
+        if step == 0 and args.loss == "nce":
+            bank.log_z.copy_(estimate_log_z(f if g is None else g, own, negatives, args.temperature, same))
+        if g is None:
+            loss, terms = bank_nce_loss(f, own, negatives, args.temperature, args.loss, bank.log_z, same)
+        else:
+            loss, terms = pirl_loss(f, g, own, negatives, args.lam, args.temperature, args.loss, bank.log_z, same)
+
+        optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        bank.update(batch.index, all_gather(f.detach()))
+        run.report(step + 1, loss, terms, lr, f)
+    return run.close()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, RECIPES))
