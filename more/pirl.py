@@ -56,6 +56,18 @@ class Args(Flags):
 
 RECIPES = {
     "quick": {},
+    # The official code of NPID, which trains 200 epochs with --transform none. PIRL has no published values for CIFAR.
+    "cifar": dict(
+        dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
+        warmup_epochs=0, base_lr=0.06, weight_decay=5e-4, flip=False,
+        mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010),
+    ),
+    # VISSL, the authors' code, for the jigsaw puzzle. NPID: --transform none --batch-size 256 --epochs 200.
+    "imagenet": dict(
+        dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
+        batch_size=1024, epochs=800, warmup_epochs=0, base_lr=0.03, crop_min_scale=0.08, transform="jigsaw",
+        loss="nce", negatives=32000, temperature=0.07, tile_size=64,
+    ),
 }  # fmt: skip
 
 
@@ -64,13 +76,14 @@ def check(args: Args, images: int) -> None:
     check_widths(args, "head_dim")
     check_least(args, 1e-4, "temperature")
     check_least(args, 0, "bank_momentum", "lam", most=1)
-    check_least(args, 0, "negatives", most=images)
-    check_least(args, 0, "tile_size", most=1024)
+    check_least(args, 0, "tile_size", most=1024)  # pixels
+    if not 0 <= args.negatives <= images:
+        refuse(f"--negatives must be at least 0 and at most the {images} training images, not {args.negatives}")
 
 
 def tile_size(args: Args) -> int:
     """Pixels: `--tile-size`, or three eighths of the image."""
-    return args.tile_size or 3 * args.image_size // 8
+    return args.tile_size or max(1, 3 * args.image_size // 8)
 
 
 # ------------------------------------------------------------------------------------------------------ views
@@ -177,7 +190,6 @@ class Bank(nn.Module):
     @torch.no_grad()
     def update(self, index: Tensor, z: Tensor) -> None:
         """Row i <- m row i + (1 - m) z/|z|, normalised, for the images of `index` (n,), with embeddings z (n, d)."""
-        index = index.to(self.rows.device, non_blocking=True)
         z = F.normalize(z.to(self.rows.dtype), dim=1)
         self.rows[index] = F.normalize(torch.lerp(z, self.rows[index], self.momentum), dim=1)
 
@@ -190,7 +202,14 @@ def fill(bank: Bank, model: PIRL, run: Run) -> None:
         x = augment(*batch.views[0], run.args)  # n×3×s×s
         with run.autocast:
             f, _ = model(x)  # n×d
-        bank.update(batch.index, all_gather(f))
+        bank.update(batch.index.to(run.device), all_gather(f))
+
+
+def rows_to_compare(images: int, args: Args, step: int) -> Tensor:
+    """(K,) numbers of the bank's rows, the same on every rank: drawn, with replacement, or all of them."""
+    if args.negatives == 0:
+        return torch.arange(images)
+    return torch.from_numpy(np.random.default_rng((NEGATIVES, args.seed, step)).integers(images, size=args.negatives))
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -216,7 +235,7 @@ def estimate_log_z(
     """ln(Z/N), with Z/N the mean of exp(cosine / T) over queries of all ranks, own rows and negatives."""
     with torch.autocast(query.device.type, enabled=False):
         scores = similarities(query, own, negatives, temperature, same)
-        total, count = scores.flatten().logsumexp(0), scores.isfinite().sum().log()
+        total, count = scores.flatten().logsumexp(0), scores.isfinite().sum().to(scores.dtype).log()
         return all_gather(total[None]).logsumexp(0) - all_gather(count[None]).logsumexp(0)
 
 
@@ -225,7 +244,7 @@ def bank_nce_loss(
     own: Tensor,
     negatives: Tensor,
     temperature: float,
-    loss: Literal["softmax", "nce", "pirl"] = "softmax",
+    form: Literal["softmax", "nce", "pirl"] = "softmax",
     log_z: Tensor | None = None,
     same: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -233,18 +252,18 @@ def bank_nce_loss(
     with torch.autocast(query.device.type, enabled=False):
         scores = similarities(query, own, negatives, temperature, same)  # n×(1+K)
         positive, negative = scores[:, 0], scores[:, 1:]  # n and n×K
-        if loss == "nce":
+        if form == "nce":
             noise = log_z + math.log(negative.shape[1])
-            value = -F.logsigmoid(positive - noise) - F.logsigmoid(noise - negative).sum(dim=1)
+            loss = -F.logsigmoid(positive - noise) - F.logsigmoid(noise - negative).sum(dim=1)
         else:
             log_p = scores.log_softmax(dim=1)
-            value = -log_p[:, 0]
-            if loss == "pirl":
+            loss = -log_p[:, 0]
+            if form == "pirl":
                 rest = -log_p[:, 1:].expm1()  # n×K, 1 - p
-                value = value - rest.clamp(min=torch.finfo(rest.dtype).eps).log().sum(dim=1)
+                loss = loss - rest.clamp(min=torch.finfo(rest.dtype).eps).log().sum(dim=1)
         with torch.no_grad():
             accuracy = (positive > negative.amax(dim=1)).to(scores.dtype).mean()
-    return value.mean(), {"positive": temperature * positive.detach().mean(), "accuracy": accuracy}
+    return loss.mean(), {"positive": temperature * positive.detach().mean(), "accuracy": accuracy}
 
 
 def pirl_loss(
@@ -254,13 +273,13 @@ def pirl_loss(
     negatives: Tensor,
     lam: float,
     temperature: float,
-    loss: Literal["softmax", "nce", "pirl"] = "softmax",
+    form: Literal["softmax", "nce", "pirl"] = "softmax",
     log_z: Tensor | None = None,
     same: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """doc"""
-    transformed, terms_g = bank_nce_loss(g, own, negatives, temperature, loss, log_z, same)
-    image, terms = bank_nce_loss(f, own, negatives, temperature, loss, log_z, same)
+    transformed, terms_g = bank_nce_loss(g, own, negatives, temperature, form, log_z, same)
+    image, terms = bank_nce_loss(f, own, negatives, temperature, form, log_z, same)
     return lam * transformed + (1 - lam) * image, {**terms, "transformed": terms_g["accuracy"]}
 
 
@@ -296,11 +315,10 @@ def main(args: Args) -> dict[str, float]:
         transformed = transform(*second, args, step) if second else None  # n×3×s×s or n×9×3×t×t
         with run.autocast:
             f, g = network(x, transformed)  # n×d each; without a transform, g is None
-        drawn = np.random.default_rng((NEGATIVES, args.seed, step)).integers(len(bank.rows), size=args.negatives)
-        chosen = torch.from_numpy(drawn) if args.negatives else torch.arange(len(bank.rows))  # K, on every rank the same
-        index = batch.index[my_rows(args.batch_size)]  # n
-        same = (index[:, None] == chosen).to(run.device, non_blocking=True)  # n×K: an image is not its own negative
-        own, negatives = bank.rows[index.to(run.device)], bank.rows[chosen.to(run.device)]  # n×d and K×d
+        index = batch.index.to(run.device, non_blocking=True)  # N
+        rows = rows_to_compare(len(bank.rows), args, step).to(run.device, non_blocking=True)  # K
+        mine = index[my_rows(args.batch_size)]  # n
+        own, negatives, same = bank.rows[mine], bank.rows[rows], mine[:, None] == rows  # n×d, K×d and n×K
         if step == 0 and args.loss == "nce":
             bank.log_z.copy_(estimate_log_z(f if g is None else g, own, negatives, args.temperature, same))
         if g is None:
@@ -312,7 +330,7 @@ def main(args: Args) -> dict[str, float]:
         run.scaler.scale(loss).backward()
         run.scaler.step(optimizer)
         run.scaler.update()
-        bank.update(batch.index, all_gather(f.detach()))
+        bank.update(index, all_gather(f.detach()))  # never of g
         run.report(step + 1, loss, terms, lr, f)
     return run.close()
 

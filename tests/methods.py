@@ -36,6 +36,7 @@ MORE = {
     "negatives": {"projector_hidden": 24, "projector_dim": 16},
     "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
     "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
+    "pirl": {"head_dim": 16},
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
 }
 
