@@ -1,6 +1,33 @@
-"""PIRL
+"""PIRL: Self-Supervised Learning of Pretext-Invariant Representations (Misra, van der Maaten; CVPR 2020,
+arXiv 1912.01991), and, with `--transform none`, NPID: Unsupervised Feature Learning via Non-Parametric Instance
+Discrimination (Wu, Xiong, Yu, Lin; CVPR 2018, arXiv 1805.01978).
 
-docstring to come.
+NPID takes each of the N images for a class of its own. A memory bank has a row m for every image, a running mean of its
+embeddings f. All have length 1. An embedding has to find the row of its image:
+
+    P(i | f) = exp(f·m_i / T)  /  sum over j of exp(f·m_j / T),    L(f) = -log P(i | f)           (NPID, eq. 2, 3)
+    m_i     <- m m_i + (1 - m) f,  to length 1                                     after the step
+
+PIRL transforms a second view of the image: it turns it, or cuts it into nine tiles and mixes them up. Other methods
+predict what was done (RotNet, jigsaw puzzles), and their features depend on it. PIRL's are to ignore it: g, the
+embedding of what was transformed, has to find the same row, to which f alone contributes.
+
+    loss = lambda L(g) + (1 - lambda) L(f)                                                            (PIRL, eq. 5)
+
+The other rows prevent collapse: were all the same, L would be log N. MoCo's keys are fresh and few; a row is as old as
+an epoch, but there is one for every image. `--negatives K` compares with K rows, drawn at each step, and the own one.
+`--loss nce` asks of these 1 + K, one at a time, if it is the own row; Z is estimated once, from the first batch:
+
+    h(j) = P(j) / (P(j) + K/N),  P(j) = exp(f·m_j / T) / Z;    L = -log h(i) - sum over K of log(1 - h(j))  (eq. 6, 7)
+
+`--loss pirl` is this L with P in place of h (PIRL, eq. 4). Before training, a pass over the images fills the bank:
+without it, there is nothing to be found for an epoch.
+
+What you should see: @@
+
+    python more/pirl.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+
+Read views, network, loss, and the loop in main. The table at the end says where this departs from the papers.
 """
 
 import math
@@ -31,7 +58,6 @@ from common import (
     normalize,
     parse_args,
     random_blur,
-    refuse,
 )
 
 NEGATIVES, TILES = 4, 5  # first words of the keys of this file's own random numbers, beside those in common.py
@@ -77,8 +103,7 @@ def check(args: Args, images: int) -> None:
     check_least(args, 1e-4, "temperature")
     check_least(args, 0, "bank_momentum", "lam", most=1)
     check_least(args, 0, "tile_size", most=1024)  # pixels
-    if not 0 <= args.negatives <= images:
-        refuse(f"--negatives must be at least 0 and at most the {images} training images, not {args.negatives}")
+    check_least(args, 0, "negatives", most=images)
 
 
 def tile_size(args: Args) -> int:
@@ -111,12 +136,6 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     return normalize(x, args.mean, args.std)
 
 
-def rotate(x: Tensor, quarters: Tensor) -> Tensor:
-    """(n, 3, s, s), each turned counter-clockwise by so many quarters of a circle, (n,) integers from 0 to 3."""
-    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # 4×n×3×s×s
-    return turned[quarters.to(x.device, non_blocking=True), torch.arange(len(x), device=x.device)]  # n×3×s×s
-
-
 def tiles(x: Tensor, draws: Draws, grid: int, size: int) -> Tensor:
     """(n, 3, s, s) -> (n, grid², 3, size, size): a tile from each cell of a grid, row by row, at a place of its own.
 
@@ -135,17 +154,19 @@ def tiles(x: Tensor, draws: Draws, grid: int, size: int) -> Tensor:
 
 
 def transform(view: View, args: Args, step: int) -> Tensor:
-    """Iᵗ, the second view transformed: (n, 3, s, s) turned, or (n, 9, 3, t, t) tiles in random order, each with colours
-    of its own.
+    """The second view, transformed: (n, 3, s, s) turned counter-clockwise by 0 to 3 quarters of a circle; or its tiles
+    (n, 9, 3, t, t) in random order, each with colours of its own.
     """
     x, draws = view
+    image = torch.arange(len(x), device=x.device)  # n
     if args.transform == "rotation":
-        return rotate(augment(x, draws, args), draws.uniform(0, 4).long())
-    pieces, order = tiles(x, draws, GRID, tile_size(args)), draws.order(GRID**2)  # n×9×3×t×t and n×9
-    pieces = pieces[torch.arange(len(x))[:, None], order]
+        x = augment(x, draws, args)
+        turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # 4×n×3×s×s
+        return turned[draws.uniform(0, 4).long().to(x.device), image]
+    order = draws.order(GRID**2).to(x.device)  # n×9
+    mixed = tiles(x, draws, GRID, tile_size(args))[image[:, None], order].flatten(0, 1)  # 9n×3×t×t
     total = GRID**2 * args.batch_size  # tiles of all ranks
-    colours = Draws((TILES, args.seed, step), total, my_rows(total))
-    return augment(pieces.flatten(0, 1), colours, args).unflatten(0, order.shape)
+    return augment(mixed, Draws((TILES, args.seed, step), total, my_rows(total)), args).unflatten(0, order.shape)
 
 
 # ---------------------------------------------------------------------------------------------------- network
@@ -248,19 +269,25 @@ def bank_nce_loss(
     log_z: Tensor | None = None,
     same: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """doc"""
+    """L of this rank's queries (n, d), f or g, with own rows of the bank (n, d) and negatives, (K, d) or (n, K, d).
+
+    `form`: softmax (NPID, eq. 3), nce (NPID, eq. 7; log_z is ln(Z/N)) or pirl (PIRL, eq. 4). `same` (n, K) marks the
+    negatives to leave out, for they are the own row. The mean over the n queries; the mean of that over ranks is the
+    loss of the global batch. Everything is normalised here; rows are constants. In float32 (float64 stays). Terms: the
+    mean cosine of query and own row, and how often that row comes first (a tie is lost).
+    """
     with torch.autocast(query.device.type, enabled=False):
         scores = similarities(query, own, negatives, temperature, same)  # n×(1+K)
         positive, negative = scores[:, 0], scores[:, 1:]  # n and n×K
         if form == "nce":
-            noise = log_z + math.log(negative.shape[1])
-            loss = -F.logsigmoid(positive - noise) - F.logsigmoid(noise - negative).sum(dim=1)
+            noise = log_z + math.log(negative.shape[1])  # ln(K Z / N): h is a sigmoid
+            log_h, log_rest = F.logsigmoid(scores - noise), F.logsigmoid(noise - scores)  # n×(1+K), log(1 - h)
         else:
-            log_p = scores.log_softmax(dim=1)
-            loss = -log_p[:, 0]
-            if form == "pirl":
-                rest = -log_p[:, 1:].expm1()  # n×K, 1 - p
-                loss = loss - rest.clamp(min=torch.finfo(rest.dtype).eps).log().sum(dim=1)
+            log_h = scores.log_softmax(dim=1)  # n×(1+K), log P
+            log_rest = (-log_h.expm1()).clamp(min=torch.finfo(log_h.dtype).eps).log()  # log(1 - P), not -inf at P = 1
+        loss = -log_h[:, 0]  # n
+        if form != "softmax":
+            loss = loss - log_rest[:, 1:].sum(dim=1)
         with torch.no_grad():
             accuracy = (positive > negative.amax(dim=1)).to(scores.dtype).mean()
     return loss.mean(), {"positive": temperature * positive.detach().mean(), "accuracy": accuracy}
@@ -277,7 +304,9 @@ def pirl_loss(
     log_z: Tensor | None = None,
     same: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """doc"""
+    """PIRL's eq. 5 for this rank's embeddings f of the images and g of the transformed images, (n, d) each, with weight
+    `lam` of g's loss. The rest is as in `bank_nce_loss`. Terms: those of f, and how often g's own row comes first.
+    """
     transformed, terms_g = bank_nce_loss(g, own, negatives, temperature, form, log_z, same)
     image, terms = bank_nce_loss(f, own, negatives, temperature, form, log_z, same)
     return lam * transformed + (1 - lam) * image, {**terms, "transformed": terms_g["accuracy"]}
@@ -337,3 +366,22 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file, the papers and the official code differ
+#
+# (–: it does not say)  here                                   papers                 official code (NPID's; PIRL's)
+#
+# loss                  softmax over all rows; --loss          NPID: the same, NCE    NCE or softmax; the same
+#                                                              PIRL: its eq. 4
+# negatives             one draw for the batch (1)             K for each image       K for each image
+# the own row           never a negative                       –                      may be one
+# the bank at first     filled by an untrained network         –                      noise
+# update of the bank    after the optimizer's step             NPID: and a term that  before it
+#                                                              keeps f near its row
+# views                 NPID's                                 –                      PIRL: also posterised, sharpened
+# heads                 linear                                 linear                 PIRL: also of two layers
+# BatchNorm             over all processes                     –                      for each GPU by itself
+# learning rate         a cosine at every step                 NPID: steps            NPID: steps; PIRL: a cosine
+# precision             bf16 on a GPU, the loss in float32     –                      float32
+#
+# (1) All scores are then one matrix product.
