@@ -173,7 +173,11 @@ def transform(view: View, args: Args, step: int) -> Tensor:
 
 
 class PIRL(nn.Module):
-    """Backbone and heads: f for the image, g for what is transformed. No head has BatchNorm."""
+    """Backbone and heads: f for the image, g for what is transformed. No head has BatchNorm.
+
+    In the backbone, BatchNorm sees the images, and what was transformed, as batches of their own. That of a puzzle has
+    9n tiles, each a single pixel in the last stages. The running statistics, by which features are judged, follow both.
+    """
 
     def __init__(self, args: Args):
         super().__init__()
@@ -305,11 +309,11 @@ def pirl_loss(
     same: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PIRL's eq. 5 for this rank's embeddings f of the images and g of the transformed images, (n, d) each, with weight
-    `lam` of g's loss. The rest is as in `bank_nce_loss`. Terms: those of f, and how often g's own row comes first.
+    `lam` of g's loss. The rest is as in `bank_nce_loss`. Terms: those of f, and the mean cosine of g and own row.
     """
     transformed, terms_g = bank_nce_loss(g, own, negatives, temperature, form, log_z, same)
     image, terms = bank_nce_loss(f, own, negatives, temperature, form, log_z, same)
-    return lam * transformed + (1 - lam) * image, {**terms, "transformed": terms_g["accuracy"]}
+    return lam * transformed + (1 - lam) * image, {**terms, "transformed": terms_g["positive"]}
 
 
 # --------------------------------------------------------------------------------------------------- training
