@@ -154,8 +154,8 @@ def tiles(x: Tensor, draws: Draws, grid: int, size: int) -> Tensor:
 
 
 def transform(view: View, args: Args, step: int) -> Tensor:
-    """The second view, transformed: (n, 3, s, s) turned counter-clockwise by 0 to 3 quarters of a circle; or its tiles
-    (n, 9, 3, t, t) in random order, each with colours of its own.
+    """The second view, transformed: (n, 3, s, s) turned by 0 to 3 quarters of a circle; or its tiles, (n, 9, 3, t, t),
+    in random order, each with colours of its own.
     """
     x, draws = view
     image = torch.arange(len(x), device=x.device)  # n
