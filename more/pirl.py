@@ -23,13 +23,13 @@ an epoch, but there is one for every image. `--negatives K` compares with K rows
 `--loss pirl` is this L with P in place of h (PIRL, eq. 4). Before training, a pass over the images fills the bank:
 without it, there is nothing to be found for an epoch.
 
-What you should see: the loss starts a little above log N (8.5 for 5000 images), rises to 9.6 in the first epoch, while
+What you should see: the loss starts a little above log N (8.5 for 5000 images), rises to 9.6 in the second epoch, as
 the network changes faster than the bank, and falls to 6.8. `positive`, the mean cosine of f and its row, rises to 0.9.
 `transformed`, that of g, falls below 0 and rises late: what all rows have in common tells none from the others, and g
 may oppose it. `accuracy`, how often the own row comes first, stays near 0 here. With `python more/pirl.py` the online
-kNN goes from 53 % to 82 %, with `--transform none` to 77 %. Signs of trouble: the loss stays above log N; or the
-effective rank, 20, falls under 10. With `--precision bf16` on a CPU, tiles of 16 pixels or less give nan: torch (2.14)
-leaves parts of a gradient unwritten where a convolution of stride 2 gets a single pixel.
+kNN goes from 53 % to 82 %, with `--transform none` to 77 %, with `jigsaw` to 79 %. Signs of trouble: the loss stays
+above log N; or the effective rank, 20, falls under 10. With `--precision bf16` on a CPU, tiles of 16 pixels or less
+give nan: torch (2.14) leaves parts of a gradient unwritten where a convolution of stride 2 gets a single pixel.
 
     python more/pirl.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -182,7 +182,8 @@ class PIRL(nn.Module):
     """Backbone and heads: f for the image, g for what is transformed. No head has BatchNorm.
 
     In the backbone, BatchNorm sees the images, and what was transformed, as batches of their own. That of a puzzle has
-    9n tiles, each a single pixel in the last stages. The running statistics, by which features are judged, follow both.
+    9n tiles, each a single pixel in the last stages. The running statistics, by which features are judged, follow both:
+    estimated anew from images alone, those of a jigsaw run gave an online kNN of 83.5 % on `patterns`, and not 78.9 %.
     """
 
     def __init__(self, args: Args):
