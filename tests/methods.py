@@ -37,6 +37,7 @@ MORE = {
     "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
     "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
     "cmc": {"projector_dim": 16},
+    "pirl": {"head_dim": 16},
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
     "rotnet": {},
     "deepcluster": {"projector_hidden": 24, "projector_dim": 16, "prototypes": 6, "small_crops": 1, "small_size": 8},

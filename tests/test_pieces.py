@@ -217,6 +217,31 @@ def deepcluster_bank(m) -> dict[str, Tensor]:
     return bank.state_dict()
 
 
+def bank_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Own rows (4, 6) and negatives (5, 6), and which of these are the own ones."""
+    rows = torch.linspace(-1, 2, 30, dtype=torch.float64).cos().reshape(5, 6)
+    return rows[:4], rows, torch.arange(4)[:, None] == torch.arange(5)
+
+
+def pirl_loss(m) -> list[Any]:
+    own, rows, same = bank_rows()
+    forms, log_z = ("softmax", "nce", "pirl"), torch.tensor(2.0, dtype=torch.float64)
+    losses = [lambda f, g, form=form: m.pirl_loss(f, g, own, rows, 0.3, 0.1, form, log_z, same) for form in forms]
+    return [with_gradient(loss, *views()) for loss in losses]
+
+
+def bank_nce_loss(m) -> list[Any]:
+    own, rows, same = bank_rows()
+    return with_gradient(lambda query: m.bank_nce_loss(query, own, rows, 0.1, "pirl", None, same), views()[0])
+
+
+def pirl_bank(m) -> dict[str, Tensor]:
+    bank = m.Bank(6, 6, 0.5)
+    for z in views():
+        bank.update(torch.tensor([4, 0, 1, 5]), z)
+    return {"rows": bank.rows, "names": sorted(bank.state_dict())}
+
+
 def moved(update: Callable[[nn.Module, nn.Module], None]) -> dict[str, Tensor]:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     update(slow, fast)
@@ -333,6 +358,11 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "deepcluster.spherical_kmeans": lambda m: m.spherical_kmeans(torch.cat(views()), 3, 2, torch.arange(3)),
     "deepcluster.Bank": deepcluster_bank,
     "deepcluster.purity": lambda m: m.purity(SOME.long()[None], torch.tensor([0, 1, 1, 0]), 2, 2),
+    "pirl.bank_nce_loss": bank_nce_loss,
+    "pirl.pirl_loss": pirl_loss,
+    "pirl.estimate_log_z": lambda m: m.estimate_log_z(views()[0], *bank_rows()[:2], 0.1, bank_rows()[2]),
+    "pirl.Bank": pirl_bank,
+    "pirl.tiles": lambda m: m.tiles(images()[..., :10], draws_for(m, images()), 2, 3),
     "common.LARS": lars,
     "common.cosine_schedule": lambda m: [m.cosine_schedule(step, 10, 3, 2.0, 0.1) for step in range(12)],
     "common.all_gather": lambda m: with_gradient(m.all_gather, views()[0]),
