@@ -47,6 +47,13 @@ MORE = {
     "nnclr": "more/nnclr.py",
     "wmse": "more/wmse.py",
     "dino": "more/dino.py --precision bf16",
+    "rotnet": "more/rotnet.py",
+    "pirl-npid": "more/pirl.py --transform none",
+    "pirl": "more/pirl.py",
+    "pirl-jigsaw": "more/pirl.py --transform jigsaw",
+    "deepcluster": "more/deepcluster.py",
+    "cpc": "more/cpc.py",
+    "cmc": "more/cmc.py",
 }
 FEW = {  # on CIFAR-10, saved as JPEG files
     **{f"cifar-{loss}": f"{command} {CIFAR} --epochs 1" for loss, command in NEGATIVES.items()},
@@ -56,6 +63,7 @@ FEW = {  # on CIFAR-10, saved as JPEG files
     "cifar-nnclr": f"more/nnclr.py {CIFAR} --epochs 3",
     "cifar-wmse": f"more/wmse.py {CIFAR} --epochs 2",
     "cifar-dino": f"more/dino.py {CIFAR} --epochs 2 --precision bf16",
+    "cifar-cmc": f"more/cmc.py {CIFAR} --epochs 2 --precision bf16",
 }
 REGRESS = {
     "regress-simclr": f"simclr.py {SHORT}",
