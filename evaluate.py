@@ -386,7 +386,7 @@ def finetune(
         abort("the logits of the test images are not finite: training diverged; lower --lr-backbone and --lr-head")
     top = logits.topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
-    classifier = "fc." if hasattr(net, "fc") else "heads.head."  # as torchvision names it
+    classifier = "heads.head." if hasattr(net, "conv_proj") else "fc."  # as torchvision names it
     weights = net.state_dict() | {classifier + name: value for name, value in head.state_dict().items()}
     file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in weights.items()}, file)
@@ -638,12 +638,17 @@ def describe_weights(state: dict[str, Tensor], name: str, image_size: int = 224)
     faults = {}
     for arch in ARCHITECTURES:
         with torch.device("meta"):
-            net, _ = backbone(arch, stem, zero_init=False)
+            net, _ = backbone(arch, stem, zero_init=False, norm=norm_of(state))
         faults[arch] = misfits(net, state)
         if not faults[arch]:
             return arch, stem
     nearest = min(faults, key=lambda arch: len(faults[arch]))
     refuse(f"{name} holds the weights of no ResNet known here; it is nearest to {nearest}, but {faults[nearest][0]}")
+
+
+def norm_of(state: dict[str, Tensor]) -> str:
+    """The norm of this ResNet, as `backbone` takes it: only BatchNorm keeps running statistics."""
+    return "batch" if any(name.endswith("running_mean") for name in state) else "group"
 
 
 def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> tuple[nn.Module, int]:
@@ -662,10 +667,39 @@ def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> 
     return net, d
 
 
+class PatchMean(nn.Module):
+    """The mean of the backbone's features over overlapping square patches, CPC's encoder: (n, 3, s, s) -> (n, d).
+    `patches` are their side and stride in pixels; what does not fill a patch at the right and bottom is left out.
+    """
+
+    def __init__(self, backbone: nn.Module, patches: Tensor):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("patches", patches)  # the names are those of the file that it came from
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, stride = self.patches.tolist()
+        cells = x.unfold(2, size, stride).unfold(3, size, stride)  # n×3×R×C×p×p
+        cells = cells.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # n×RC×3×p×p
+        return self.backbone(cells.flatten(0, 1)).unflatten(0, cells.shape[:2]).mean(1)  # nRC×d -> n×d
+
+
+def check_patches(patches: Any, args: Args) -> None:
+    """Refuse what is no side and stride of patches, and images that are smaller than one."""
+    pair = isinstance(patches, Tensor) and patches.shape == (2,) and patches.dtype == torch.long
+    if not pair or min(patches.tolist()) < 1:
+        refuse(f"{args.weights}: patches must be two whole numbers above 0, their side and stride")
+    if patches[0] > args.image_size:
+        refuse(f"{args.weights} looks at patches of {patches[0]} pixels: give --image-size {patches[0]} or more")
+
+
 def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
     args, state = complete(args)
+    patches = state.pop("patches", None)
+    if patches is not None:
+        check_patches(patches, args)
     arch, stem = describe_weights(state, args.weights, args.image_size)
     device = start_processes()
     compute, scaler = compute_in(args.precision, device)
@@ -694,9 +728,11 @@ def main(args: Args) -> dict[str, Any]:
     if arch == "vit":
         net, width = vision_transformer(state, args.weights, args.image_size)
     else:
-        net, width = backbone(arch, stem, zero_init=False)
+        net, width = backbone(arch, stem, zero_init=False, norm=norm_of(state))
     if not args.scratch:
         net.load_state_dict(state)
+    if patches is not None:
+        net = PatchMean(net, patches)
     net = net.to(device, compute.dtype, memory_format=torch.channels_last)
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}
