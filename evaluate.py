@@ -687,7 +687,7 @@ class PatchMean(nn.Module):
 def check_patches(patches: Any, args: Args) -> None:
     """Refuse what is no side and stride of patches, and images that are smaller than one."""
     pair = isinstance(patches, Tensor) and patches.shape == (2,) and patches.dtype == torch.long
-    if not pair or min(patches.tolist()) < 1:
+    if not pair or patches.is_meta or min(patches.tolist()) < 1:
         refuse(f"{args.weights}: patches must be two whole numbers above 0, their side and stride")
     if patches[0] > args.image_size:
         refuse(f"{args.weights} looks at patches of {patches[0]} pixels: give --image-size {patches[0]} or more")

@@ -1,5 +1,5 @@
-"""CPC: Contrastive Predictive Coding, for images (van den Oord, Li, Vinyals, arXiv 1807.03748; Hénaff et al., ICML 2020,
-arXiv 1905.09272, is v2).
+"""CPC: Contrastive Predictive Coding, for images (v1: van den Oord, Li, Vinyals, arXiv 1807.03748; v2: Hénaff et al.,
+ICML 2020, arXiv 1905.09272).
 
 An image is cut into overlapping patches, R rows of C, and each is encoded by itself: z_ij. From the rows that have been
 read, those from the top down to row i, a context c_ij is made; it has to tell which patch stands in the same column, k
@@ -8,7 +8,7 @@ rows further down, among the patches of all images:
     z_ij = f(patch in row i, column j)                      encoder: backbone and a linear layer
     c_ij = g(z of the rows <= i)                            context: convolutions that see no row below i
     l_k(i, j) = -log  exp(z_i+k,j · W_k c_ij / T)  /  sum over z' of exp(z' · W_k c_ij / T)                  (eq. 4)
-    loss  = mean over k of the mean of l_k over images, rows and columns;  T = 1 in the paper               (section 3.3)
+    loss = mean over k of the mean of l_k over images, rows and columns;  T = 1 in the paper          (section 3.3)
 
 z' are the patches of all images that some context has to find at this k. What is common to patches far apart, and
 differs from image to image, is what the image shows; so that is what z has to keep. ln N - l_k, of N patches z', bounds
