@@ -309,11 +309,10 @@ def main(args: Args) -> dict[str, float]:
     size, stride, rows, _ = grid(args)
     total = args.batch_size * rows**2  # patches of all ranks
 
-    for step, batch in run.batches(crops(args)):
+    for step, ((x, _),) in run.batches(crops(args)):  # n×3×s×s
         lr = run.schedule(step, peak_lr, final=0.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        ((x, _),) = batch  # n×3×s×s
         draws = Draws((PATCHES, args.seed, step), total, my_rows(total))  # for each patch its own
         cells = patches(x, size, stride)  # n×R×C×3×p×p
         cells = augment(cells.flatten(0, 2), draws, args).unflatten(0, cells.shape[:3])

@@ -400,7 +400,9 @@ def test_every_patch_has_draws_of_its_own(train, monkeypatch):
     monkeypatch.setattr(cpc, "augment", spy)
     train(max_steps=2)
     assert seen[0].shape == (8 * 9, 3, 8, 8)
-    assert len({tuple(patch.flatten().tolist()) for step in seen for patch in step}) > 110  # of 144, some left as they are
+    assert (
+        len({tuple(patch.flatten().tolist()) for step in seen for patch in step}) > 110
+    )  # of 144, some left as they are
 
 
 IMPOSSIBLE = [
