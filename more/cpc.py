@@ -64,21 +64,25 @@ from common import (
 class Args(Flags):
     batch_size: int = 64
     epochs: int = 5
-    base_lr: float = 4e-3
+    base_lr: float = 8e-4
     optimizer: Literal["adam", "lars", "sgd"] = "adam"  # momentum 0.9 in all of them
     warmup_epochs: float = 1
     crop_min_scale: float = 0.6
+    color_jitter: bool = False
     patch_size: int = 0  # side of the patches in pixels; 0: half the view
     patch_stride: int = 0  # from one patch to the next; 0: half a patch
-    patch_min_scale: float = 0.8  # smallest share of its area that a patch's own crop keeps
+    patch_min_scale: float = 0.5  # smallest share of its area that a patch's own crop keeps
+    patch_flip: bool = False  # flip each patch by itself, as in v2
     nearest_row: int = 0  # the smallest k; 0: the first whose patches share no pixels with the context's
     farthest_row: int = 0  # the largest k; 0: what the grid has
     all_directions: bool = True  # contexts from above, from below and from both sides, as in v2; v1: from above only
     target_dim: int = 64  # d, width of z and c
     context_hidden: int = 128  # width inside the context's blocks
     context_blocks: int = 2  # each sees a row more, and a column more on both sides
-    temperature: float = 1.0  # T
+    unit_length: bool = True  # of z and of what is predicted, so that scores are cosines; the papers: no
+    temperature: float = 0.1  # T; the papers, without unit length: 1
     jitter_strength: float = 0.5  # strength of each patch's colour jitter
+    gray_share: float = 1.0  # share of the patches that lose their colour; v1: all
 
 
 RECIPES = {
@@ -86,14 +90,15 @@ RECIPES = {
     # Nobody has published values for CIFAR-10; these are of `quick`, for more epochs, and untried.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
-        batch_size=256, warmup_epochs=10, base_lr=1e-3,
+        batch_size=256, warmup_epochs=10, base_lr=4e-4,
+        color_jitter=True, gray_share=0.2,
     ),
     # Section 3.3 of v1: 7 x 7 patches of 64 pixels, up to five rows below, Adam at 2e-4 with 512 images.
     "imagenet": dict(
         dataset="folder", image_size=256, arch="resnet101", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=512, epochs=200, warmup_epochs=0, base_lr=1e-4, weight_decay=0.0, crop_min_scale=0.7,
         patch_size=64, patch_min_scale=0.88, farthest_row=5, all_directions=False, target_dim=1024,
-        context_hidden=256, context_blocks=5,
+        context_hidden=256, context_blocks=5, unit_length=False, temperature=1.0,
     ),
 }  # fmt: skip
 
@@ -124,7 +129,7 @@ def check(args: Args) -> None:
     check_least(args, 1, "context_blocks", most=64)
     check_least(args, 0, "jitter_strength", "patch_stride", "nearest_row", "farthest_row")
     check_least(args, 0, "patch_size", most=args.image_size)
-    check_least(args, 0, "patch_min_scale", most=1)
+    check_least(args, 0, "patch_min_scale", "gray_share", most=1)
     check_least(args, 1e-4, "temperature")
     size, stride, rows, distances = grid(args)
     cut = f"patches of {size} pixels every {stride} of {args.image_size} make {rows} rows"
@@ -158,11 +163,11 @@ def patches(x: Tensor, size: int, stride: int) -> Tensor:
 def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     """The rest of the view, patches (n, 3, p, p) in [0, 1] -> normalised; every patch has its own draws."""
     strength, hue = 0.8 * args.jitter_strength, 0.2 * args.jitter_strength
-    x = random_resized_crop(x, draws, Crop(x.shape[3], (args.patch_min_scale, 1.0), "bicubic", flip=0.5 * args.flip))
+    x = random_resized_crop(x, draws, Crop(x.shape[3], (args.patch_min_scale, 1.0), "bicubic", 0.5 * args.patch_flip))
     if args.color_jitter:
         x = color_jitter(x, draws, brightness=strength, contrast=strength, saturation=strength, hue=hue, p=0.8)
     if args.grayscale:
-        x = grayscale(x, draws.chance(0.2))
+        x = grayscale(x, draws.chance(args.gray_share))
     if args.blur:
         x = random_blur(x, draws, p=0.5)
     return normalize(x, args.mean, args.std)
@@ -222,6 +227,7 @@ class CPC(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         size, stride, _, self.distances = grid(args)
+        self.unit_length = args.unit_length
         net, width = backbone(args.arch, args.stem, zero_init=False, norm="group")
         d = args.target_dim
         self.encoder = Encoder(net, size, stride)
@@ -232,7 +238,7 @@ class CPC(nn.Module):
             self.contexts.append(Context(d, args.context_hidden, args.context_blocks))
             self.predictors.append(nn.ModuleList(nn.Linear(d, d, bias=False) for _ in self.distances))
         for linear in (w for some in self.predictors for w in some):
-            nn.init.normal_(linear.weight, std=0.1 / d**0.5)  # small, so that the loss starts at ln N
+            nn.init.normal_(linear.weight, std=(1.0 if args.unit_length else 0.1) / d**0.5)  # scores near 0 at first
 
     @property
     def backbone(self) -> nn.Module:
@@ -254,6 +260,8 @@ class CPC(nn.Module):
             for k, predict in zip(self.distances, predictors, strict=True):
                 predictions.append(predict(c[:, :-k]))  # n×(R-k)×C×d
                 targets.append(turned[:, k:])  # n×(R-k)×C×d
+        if self.unit_length:
+            predictions, targets = ([F.normalize(t, dim=3) for t in side] for side in (predictions, targets))
         return predictions, targets, torch.cat([c.flatten(0, 2) for c in contexts])
 
 
@@ -330,3 +338,18 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
+
+# ------------------------------------------ where this file and the papers differ (the authors published no code)
+# (–: it does not say)  here                              v1                                v2
+#
+# patches               3 x 3, of half the view           7 x 7, of a quarter               of a third
+# backbone              ResNet, all stages, GroupNorm     ResNet-v2, three stages, no norm  ResNet, LayerNorm
+# z                     linear in the features, 64-d      the features, 1024-d              –
+# scores                cosines over T = 0.1 (1)          plain dot products                –
+# a patch's crop        of half its area or more          60 of 64 pixels, padded           flipped, too
+# colour                grey                              grey                              of two channels dropped
+# first k               the first without shared pixels   –                                 –
+# learning rate         a cosine, scaled with the batch   2e-4                              –
+# precision             bf16 on a GPU                     –                                 –
+#
+# (1) In so few steps plain dot products learn nothing: all z come together first, and the loss stays at ln N.

@@ -170,6 +170,10 @@ def test_a_context_sees_the_rows_down_to_its_own_and_nothing_below(blocks):
         (slope,) = torch.autograd.grad(c[0, i, 2].sum(), z, retain_graph=True)
         seen = slope[0].abs().sum((0, 2)) > 0  # by column
         assert seen.tolist() == [abs(column - 2) <= blocks for column in range(rows)]
+    for block in context.blocks:
+        nn.init.zeros_(block.last.weight)
+        nn.init.zeros_(block.last.bias)
+    close(context(z), z, rtol=0, atol=0)  # what the blocks find is added
 
 
 def network(tmp_path: Path, **flags) -> tuple[CPC, cpc.Args]:
@@ -226,6 +230,7 @@ def test_each_direction_finds_its_targets_on_the_far_side(tmp_path):
     model.projector = nn.Identity()
     model.contexts = nn.ModuleList(nn.Identity() for _ in SIDES)
     model.predictors = nn.ModuleList(nn.ModuleList([nn.Identity()]) for _ in SIDES)
+    model.unit_length = False
     number = torch.arange(9.0).reshape(1, 3, 3, 1, 1, 1).expand(1, 3, 3, 3, 8, 8)
     predictions, targets, _ = model(number)
     found = []
@@ -264,6 +269,14 @@ def test_every_weight_gets_a_gradient_and_the_loss_starts_at_log_of_the_targets(
     loss.backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
     assert terms["information"].abs().item() < 0.1
+
+
+def test_scores_are_cosines_or_plain_dot_products(tmp_path):
+    for unit_length in (True, False):
+        model, _ = network(tmp_path, unit_length=unit_length)
+        predictions, targets, _ = model(torch.randn(2, 3, 3, 3, 8, 8))
+        lengths = torch.cat([t.norm(dim=3).flatten() for t in predictions + targets])
+        assert ((lengths - 1).abs() < 1e-5).all() == unit_length
 
 
 def test_group_norm_has_sixteen_channels_a_group_and_batch_norm_is_the_default():
@@ -393,12 +406,12 @@ def test_every_patch_has_draws_of_its_own(train, monkeypatch):
     seen = []
 
     def spy(x, draws, args):
-        seen.append(augment(torch.full_like(x, 0.5) + torch.linspace(0, 0.3, x.shape[3]), draws, args))
+        seen.append(augment(pixels.expand_as(x), draws, args))
         return augment(x, draws, args)
 
-    augment = cpc.augment
+    augment, pixels = cpc.augment, torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(cpc, "augment", spy)
-    train(max_steps=2)
+    train(max_steps=2, color_jitter=True, patch_flip=True)
     assert seen[0].shape == (8 * 9, 3, 8, 8)
     assert (
         len({tuple(patch.flatten().tolist()) for step in seen for patch in step}) > 110
@@ -413,6 +426,7 @@ IMPOSSIBLE = [
     ({"context_blocks": 0}, "--context-blocks "),
     ({"jitter_strength": -1.0}, "--jitter-strength "),
     ({"patch_min_scale": 1.1}, "--patch-min-scale "),
+    ({"gray_share": -0.1}, "--gray-share "),
     ({"patch_size": 17}, "--patch-size must be 0 to 16, not 17"),
     ({"patch_size": -1}, "--patch-size "),
     ({"patch_stride": -1}, "--patch-stride "),
