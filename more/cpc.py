@@ -63,8 +63,8 @@ from common import (
 @dataclass
 class Args(Flags):
     batch_size: int = 64
-    epochs: int = 5
-    base_lr: float = 8e-4
+    epochs: int = 8
+    base_lr: float = 2e-3
     optimizer: Literal["adam", "lars", "sgd"] = "adam"  # momentum 0.9 in all of them
     warmup_epochs: float = 1
     crop_min_scale: float = 0.6
@@ -228,7 +228,7 @@ class CPC(nn.Module):
         super().__init__()
         size, stride, _, self.distances = grid(args)
         self.unit_length = args.unit_length
-        net, width = backbone(args.arch, args.stem, zero_init=False, norm="group")
+        net, width = backbone(args.arch, args.stem, zero_init=True, norm="group")
         d = args.target_dim
         self.encoder = Encoder(net, size, stride)
         self.projector = nn.Linear(width, d)
