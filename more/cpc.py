@@ -79,8 +79,7 @@ class Args(Flags):
     target_dim: int = 64  # d, width of z and c
     context_hidden: int = 128  # width inside the context's blocks
     context_blocks: int = 2  # each sees a row more, and a column more on both sides
-    unit_length: bool = True  # of z and of what is predicted, so that scores are cosines; the papers: no
-    temperature: float = 0.1  # T; the papers, without unit length: 1
+    temperature: float = 1.0  # T
     jitter_strength: float = 0.5  # strength of each patch's colour jitter
     gray_share: float = 1.0  # share of the patches that lose their colour; v1: all
 
@@ -98,7 +97,7 @@ RECIPES = {
         dataset="folder", image_size=256, arch="resnet101", workers=12, log_every=50, eval_every=10, save_every=1,
         batch_size=512, epochs=200, warmup_epochs=0, base_lr=1e-4, weight_decay=0.0, crop_min_scale=0.7,
         patch_size=64, patch_min_scale=0.88, farthest_row=5, all_directions=False, target_dim=1024,
-        context_hidden=256, context_blocks=5, unit_length=False, temperature=1.0,
+        context_hidden=256, context_blocks=5,
     ),
 }  # fmt: skip
 
@@ -227,7 +226,6 @@ class CPC(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         size, stride, _, self.distances = grid(args)
-        self.unit_length = args.unit_length
         net, width = backbone(args.arch, args.stem, zero_init=True, norm="group")
         d = args.target_dim
         self.encoder = Encoder(net, size, stride)
@@ -238,7 +236,7 @@ class CPC(nn.Module):
             self.contexts.append(Context(d, args.context_hidden, args.context_blocks))
             self.predictors.append(nn.ModuleList(nn.Linear(d, d, bias=False) for _ in self.distances))
         for linear in (w for some in self.predictors for w in some):
-            nn.init.normal_(linear.weight, std=(1.0 if args.unit_length else 0.1) / d**0.5)  # scores near 0 at first
+            nn.init.normal_(linear.weight, std=0.1 / d**0.5)  # small, so that the loss starts at ln N
 
     @property
     def backbone(self) -> nn.Module:
@@ -260,8 +258,6 @@ class CPC(nn.Module):
             for k, predict in zip(self.distances, predictors, strict=True):
                 predictions.append(predict(c[:, :-k]))  # n×(R-k)×C×d
                 targets.append(turned[:, k:])  # n×(R-k)×C×d
-        if self.unit_length:
-            predictions, targets = ([F.normalize(t, dim=3) for t in side] for side in (predictions, targets))
         return predictions, targets, torch.cat([c.flatten(0, 2) for c in contexts])
 
 
@@ -345,11 +341,8 @@ if __name__ == "__main__":
 # patches               3 x 3, of half the view           7 x 7, of a quarter               of a third
 # backbone              ResNet, all stages, GroupNorm     ResNet-v2, three stages, no norm  ResNet, LayerNorm
 # z                     linear in the features, 64-d      the features, 1024-d              –
-# scores                cosines over T = 0.1 (1)          plain dot products                –
 # a patch's crop        of half its area or more          60 of 64 pixels, padded           flipped, too
 # colour                grey                              grey                              of two channels dropped
 # first k               the first without shared pixels   –                                 –
 # learning rate         a cosine, scaled with the batch   2e-4                              –
 # precision             bf16 on a GPU                     –                                 –
-#
-# (1) In so few steps plain dot products learn nothing: all z come together first, and the loss stays at ln N.

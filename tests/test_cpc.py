@@ -230,7 +230,6 @@ def test_each_direction_finds_its_targets_on_the_far_side(tmp_path):
     model.projector = nn.Identity()
     model.contexts = nn.ModuleList(nn.Identity() for _ in SIDES)
     model.predictors = nn.ModuleList(nn.ModuleList([nn.Identity()]) for _ in SIDES)
-    model.unit_length = False
     number = torch.arange(9.0).reshape(1, 3, 3, 1, 1, 1).expand(1, 3, 3, 3, 8, 8)
     predictions, targets, _ = model(number)
     found = []
@@ -269,14 +268,6 @@ def test_every_weight_gets_a_gradient_and_the_loss_starts_at_log_of_the_targets(
     loss.backward()
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
     assert terms["information"].abs().item() < 0.1
-
-
-def test_scores_are_cosines_or_plain_dot_products(tmp_path):
-    for unit_length in (True, False):
-        model, _ = network(tmp_path, unit_length=unit_length)
-        predictions, targets, _ = model(torch.randn(2, 3, 3, 3, 8, 8))
-        lengths = torch.cat([t.norm(dim=3).flatten() for t in predictions + targets])
-        assert ((lengths - 1).abs() < 1e-5).all() == unit_length
 
 
 def test_group_norm_has_sixteen_channels_a_group_and_batch_norm_is_the_default():
