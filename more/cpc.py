@@ -1,31 +1,32 @@
 """CPC: Contrastive Predictive Coding, for images (v1: van den Oord, Li, Vinyals, arXiv 1807.03748; v2: Hénaff et al.,
 ICML 2020, arXiv 1905.09272).
 
-An image is cut into overlapping patches, R rows of C, and each is encoded by itself: z_ij. From the rows that have been
-read, those from the top down to row i, a context c_ij is made; it has to tell which patch stands in the same column, k
+An image is cut into overlapping patches, in rows and columns, and each is encoded by itself: z_ij. From the rows that
+have been read, from the top down to row i, a context c_ij is made. It has to recognise the patch in the same column, k
 rows further down, among the patches of all images:
 
-    z_ij = f(patch in row i, column j)                      encoder: backbone and a linear layer
-    c_ij = g(z of the rows <= i)                            context: convolutions that see no row below i
+    z_ij = f(patch in row i, column j)                        encoder: backbone and a linear layer
+    c_ij = g(z of the rows <= i)                              context: convolutions that see no row below i
     l_k(i, j) = -log  exp(z_i+k,j · W_k c_ij / T)  /  sum over z' of exp(z' · W_k c_ij / T)                  (eq. 4)
     loss = mean over k of the mean of l_k over images, rows and columns;  T = 1 in the paper          (section 3.3)
 
-z' are the patches of all images that some context has to find at this k. What is common to patches far apart, and
-differs from image to image, is what the image shows; so that is what z has to keep. ln N - l_k, of N patches z', bounds
-from below what c_ij knows of z_i+k,j (their mutual information, in nats; section 2.3): the term `information`.
+z' are all N patches that are to be recognised at this k, in the batch. What two distant patches have in common, and
+patches of other images have not, is what the image shows: so z has to keep that. ln N - l_k is a lower bound of the
+mutual information of c_ij and z_i+k,j, in nats (section 2.3); its mean is the term `information`.
 
-The other patches in the denominator prevent collapse: were all z, or all c, the same, l_k would be ln N. Three ways to
+The other patches in the denominator prevent collapse: were all z the same, or all c, l_k would be ln N. Three ways to
 cheat are closed. Patches that overlap share pixels, so the first k is one whose rows share none. BatchNorm would let
-every patch see the others through the statistics of the batch: the backbone has GroupNorm. And lines go on, and colours
-stay the same, across an image: so every patch is cropped, flipped and coloured by itself, which v1 does a little and v2
-a lot.
+every patch see the others through the statistics of the batch: the backbone has GroupNorm. And a colour is the same
+across an image, and lines go on: so the patches are grey, and each has a crop of its own.
 
-What you should see: TODO
+What one keeps is the mean of the backbone's features over the patches; encoder.pt says how to cut them.
+
+What you should see: the loss starts at ln N (5.26 at N = 192: 64 images, three patches each), falls within the first
+epoch, and ends at 2.9; `information` rises from 0 to 2.4. With `python more/cpc.py` the online kNN goes from 60 % to
+88 %. (Without `zero_init` it would start at 82 %: the mean of random features over patches tells textures apart.) Signs
+of trouble: the loss stays at ln N while the spread of the contexts sinks; a lower `--base-lr` or milder crops help.
 
     python more/cpc.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
-
-What one keeps is the backbone's features, averaged over the patches of an image: encoder.pt holds the backbone and,
-under `patches`, their side and stride.
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the papers.
 """
@@ -86,11 +87,10 @@ class Args(Flags):
 
 RECIPES = {
     "quick": {},
-    # Nobody has published values for CIFAR-10; these are of `quick`, for more epochs, and untried.
+    # There are no published values for CIFAR-10; these are untried.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=200, log_every=50, eval_every=10, save_every=10,
-        batch_size=256, warmup_epochs=10, base_lr=4e-4,
-        color_jitter=True, gray_share=0.2,
+        batch_size=256, warmup_epochs=10, base_lr=5e-4, color_jitter=True, gray_share=0.2,
     ),
     # Section 3.3 of v1: 7 x 7 patches of 64 pixels, up to five rows below, Adam at 2e-4 with 512 images.
     "imagenet": dict(
@@ -105,7 +105,7 @@ PATCHES = 8  # first word of the key of the patches' draws: see Draws
 
 
 class Grid(NamedTuple):
-    """The patches of a view, rows x rows of `size` pixels, and k: how far below a context its targets are."""
+    """The patches of a view, rows x rows of `size` pixels, and every k: how far below a context its targets are."""
 
     size: int
     stride: int
@@ -208,8 +208,7 @@ class MaskedBlock(nn.Module):
 class Context(nn.Module):
     """z (n, R, C, d) -> c (n, R, C, d), where c_ij depends on the rows <= i only. Without statistics of the batch.
 
-    So many blocks see as many rows above row i. As in PixelCNN (arXiv 1606.05328), a convolution is kept from what is
-    below by where it is padded.
+    Every block sees one row more above row i. As in PixelCNN (arXiv 1606.05328), padding keeps out what is below.
     """
 
     def __init__(self, dim: int, hidden: int, blocks: int):
@@ -335,11 +334,13 @@ def main(args: Args) -> dict[str, float]:
 if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
 
-# ------------------------------------------ where this file and the papers differ (the authors published no code)
+# ------------------------------------------ where this file and the papers differ
+#
 # (–: it does not say)  here                              v1                                v2
 #
 # patches               3 x 3, of half the view           7 x 7, of a quarter               of a third
 # backbone              ResNet, all stages, GroupNorm     ResNet-v2, three stages, no norm  ResNet, LayerNorm
+# residual branches     start at zero                     –                                 –
 # z                     linear in the features, 64-d      the features, 1024-d              –
 # a patch's crop        of half its area or more          60 of 64 pixels, padded           flipped, too
 # colour                grey                              grey                              of two channels dropped
