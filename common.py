@@ -1471,18 +1471,20 @@ def _paint(u: np.ndarray, labels: np.ndarray, grains: np.random.Generator) -> np
 ARCHITECTURES = ["resnet10", *torchvision.models.list_models(torchvision.models, include=["resn*", "wide_resnet*"])]
 
 
-def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
+def backbone(arch: str, stem: str, zero_init: bool, norm: str = "batch") -> tuple[nn.Module, int]:
     """A torchvision ResNet without its classifier, and the width d of its pooled features: (n, 3, H, W) -> (n, d).
     `arch` is resnet10 (one BasicBlock per stage) or any ResNet of torchvision. Stem `small`, for about 32 pixels, is a
     3x3 convolution of stride 1 without max-pooling. `zero_init` starts the last BatchNorm weight of every branch at 0.
+    `norm` is "batch" or "group": GroupNorm, 16 channels a group, without statistics of the batch.
     """
     if arch not in ARCHITECTURES:
         refuse(f"--arch {arch} is unknown; take one of {', '.join(ARCHITECTURES)}")
+    layer = {"batch": nn.BatchNorm2d, "group": lambda width: nn.GroupNorm(width // 16, width)}[norm]
     if arch == "resnet10":
         resnet = torchvision.models.resnet
-        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init)
+        net = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], zero_init_residual=zero_init, norm_layer=layer)
     else:
-        net = torchvision.models.get_model(arch, zero_init_residual=zero_init)
+        net = torchvision.models.get_model(arch, zero_init_residual=zero_init, norm_layer=layer)
     if stem == "small":
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -1501,7 +1503,8 @@ _TRUNKS |= {f"{v[0]}.conv1.weight": rf"({v})\.{_RESNET}" for v in ("l|ab", "y|cb
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The backbone's state dict, under torchvision's names and without `fc`, from a file of weights: of this project,
-    torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO. Names the heads it leaves out; refuses code.
+    torchvision, VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO; and, from CPC's, `patches` (2,), the side and stride
+    of the patches whose features are averaged. Names the heads it leaves out; refuses code.
     """
     try:
         # DINO's files hold their flags, too. Whatever torch warns of is said below, in one line.
@@ -1529,10 +1532,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
             refuse(f"{file}: {name} must be a dense tensor of floats, and is of {kind}")
     left_out = {re.match(f"({re.escape(prefix)})?[^.]*", name)[0] for name in state if not trunk[name]}
-    left_out -= {"fc", "heads"}
+    grid = {name: state[name] for name in ("patches",) if name in state}
+    left_out -= {"fc", "heads", *grid}
     if left_out and int(os.environ.get("RANK", 0)) == 0:
         tell(f"{file}: left out {', '.join(sorted(left_out))}", "stderr")
-    return {match[1]: state[name] for name, match in trunk.items() if match}
+    return {match[1]: state[name] for name, match in trunk.items() if match} | grid
 
 
 def misfits(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
@@ -1553,8 +1557,10 @@ def load_encoder(net: nn.Module, path: str) -> None:
     """Load an `encoder.pt`, or that of a run folder, into a backbone; every key but the classifier's must fit."""
     file = Path(path, "encoder.pt") if os.path.isdir(path) else Path(path)
     state = read_weights(file)
+    state.pop("patches", None)
     if faults := misfits(net, state):
-        refuse(f"--init {file} does not fit --arch and --stem: {faults[0]}")
+        norms = "one has BatchNorm, the other GroupNorm (CPC's)" if faults[0].startswith("bn1.running_mean ") else ""
+        refuse(f"--init {file} does not fit --arch and --stem: {norms or faults[0]}")
     net.load_state_dict(state)
     if broken := [name for name, weight in net.state_dict().items() if not weight.isfinite().all()]:
         refuse(f"--init {file}: {broken[0]} is not finite")

@@ -647,7 +647,7 @@ def describe_weights(state: dict[str, Tensor], name: str, image_size: int = 224)
     faults = {}
     for arch in ARCHITECTURES:
         with torch.device("meta"):
-            net, _ = resnet(arch, stem, space)
+            net, _ = resnet(arch, stem, state)
         faults[arch] = misfits(net, state)
         if not faults[arch]:
             return arch, stem
@@ -667,12 +667,13 @@ def color_space(state: dict[str, Tensor]) -> str:
     return next((space for space, views in COLOR_VIEWS.items() if f"{views[0][0]}.conv1.weight" in state), "")
 
 
-def resnet(arch: str, stem: str, space: str) -> tuple[nn.Module, int]:
-    """A ResNet without its classifier and the width of its features, or one for each view of a `space`."""
-    if not space:
-        return backbone(arch, stem, zero_init=False)
-    net = ColorViews(arch, stem, space)
-    return net, net.width
+def resnet(arch: str, stem: str, state: dict[str, Tensor]) -> tuple[nn.Module, int]:
+    """What has these weights: a ResNet without its classifier, or one for each view; and the width of its features."""
+    if space := color_space(state):
+        net = ColorViews(arch, stem, space)
+        return net, net.width
+    norm = "batch" if any(name.endswith("running_mean") for name in state) else "group"  # which keeps no statistics
+    return backbone(arch, stem, zero_init=False, norm=norm)
 
 
 class ColorViews(nn.Module):
@@ -730,10 +731,39 @@ def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> 
     return net, d
 
 
+class PatchMean(nn.Module):
+    """The mean of the backbone's features over overlapping square patches, CPC's encoder: (n, 3, s, s) -> (n, d).
+    `patches` are their side and stride in pixels; what does not fill a patch at the right and bottom is left out.
+    """
+
+    def __init__(self, backbone: nn.Module, patches: Tensor):
+        super().__init__()
+        self.backbone = backbone
+        self.register_buffer("patches", patches)  # the names are those of the file that it came from
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, stride = self.patches.tolist()
+        cells = x.unfold(2, size, stride).unfold(3, size, stride)  # n×3×R×C×p×p
+        cells = cells.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # n×RC×3×p×p
+        return self.backbone(cells.flatten(0, 1)).unflatten(0, cells.shape[:2]).mean(1)  # nRC×d -> n×d
+
+
+def check_patches(patches: Any, args: Args) -> None:
+    """Refuse what is no side and stride of patches, and images that are smaller than one."""
+    pair = isinstance(patches, Tensor) and patches.shape == (2,) and patches.dtype == torch.long
+    if not pair or patches.is_meta or min(patches.tolist()) < 1:
+        refuse(f"{args.weights}: patches must be two whole numbers above 0, their side and stride")
+    if patches[0] > args.image_size:
+        refuse(f"{args.weights} looks at patches of {patches[0]} pixels: give --image-size {patches[0]} or more")
+
+
 def main(args: Args) -> dict[str, Any]:
     """Evaluate; return what the JSON line says."""
     check(args)
     args, state = complete(args)
+    patches = state.pop("patches", None)
+    if patches is not None:
+        check_patches(patches, args)
     arch, stem = describe_weights(state, args.weights, args.image_size)
     device = start_processes()
     compute, scaler = compute_in(args.precision, device)
@@ -764,9 +794,11 @@ def main(args: Args) -> dict[str, Any]:
     if arch == "vit":
         net, width = vision_transformer(state, args.weights, args.image_size)
     else:
-        net, width = resnet(arch, stem, color_space(state))
+        net, width = resnet(arch, stem, state)
     if not args.scratch:
         net.load_state_dict(state)
+    if patches is not None:
+        net = PatchMean(net, patches)
     net = net.to(device, compute.dtype, memory_format=torch.channels_last)
 
     record = {"weights": args.weights, "protocol": args.protocol, "dataset": args.dataset, "arch": arch}

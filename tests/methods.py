@@ -38,6 +38,7 @@ MORE = {
     "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
     "cmc": {"projector_dim": 16},
     "pirl": {"head_dim": 16},
+    "cpc": {"target_dim": 6, "context_hidden": 8, "context_blocks": 1},
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
     "rotnet": {},
     "deepcluster": {"projector_hidden": 24, "projector_dim": 16, "prototypes": 6, "small_crops": 1, "small_size": 8},
@@ -72,10 +73,11 @@ def tiny(method: str, run_dir: Path, **flags):
     return module(method).Args(**{**TINY, "data_dir": small_folder(), **small, "run_dir": str(run_dir), **flags})
 
 
-def narrow(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
+def narrow(arch: str, stem: str, zero_init: bool, norm: str = "batch") -> tuple[nn.Module, int]:
     """In place of `backbone`: two convolutions, whose gradients take less time from process to process."""
-    first = [nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-    second = [nn.Conv2d(8, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layer = {"batch": nn.BatchNorm2d, "group": functools.partial(nn.GroupNorm, 2)}[norm]
+    first = [nn.Conv2d(3, 8, 3, stride=2, bias=False), layer(8), nn.ReLU()]
+    second = [nn.Conv2d(8, 16, 3, stride=2, bias=False), layer(16), nn.ReLU()]
     return nn.Sequential(*first, *second, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 16
 
 

@@ -85,11 +85,12 @@ def endless(flags: dict[str, list[str]]) -> bool:
     return 12 < number.get("epochs", 1) <= 1e18 and not 0 < number.get("max_steps", 0) <= 12
 
 
-def tiny_resnet(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
+def tiny_resnet(arch: str, stem: str, zero_init: bool, norm: str = "batch") -> tuple[nn.Module, int]:
     """In place of `backbone`: two convolutions that have the names of a ResNet's."""
     with torch.device("meta"):
         common.backbone(arch, stem, zero_init)  # refuses what it does not know
-    layers = OrderedDict(conv1=nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), bn1=nn.BatchNorm2d(8))
+    layer = nn.BatchNorm2d(8) if norm == "batch" else nn.GroupNorm(2, 8)
+    layers = OrderedDict(conv1=nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), bn1=layer)
     layers |= OrderedDict(relu=nn.ReLU(), layer1=nn.Conv2d(8, 16, 3, stride=2, padding=1))
     return nn.Sequential(layers | OrderedDict(avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())), 16
 

@@ -391,10 +391,10 @@ def judged(path: Path, **flags) -> dict:
 def test_evaluate_judges_a_run_and_a_bare_file_as_the_run_did(space, finished, tmp_path, capsys):
     folder, knn = finished if space == "lab" else (tmp_path / "run", two_steps(tmp_path / "run", space))
     assert judged(folder, output=str(tmp_path))["top1"] == knn
-    net, width = evaluate.resnet("resnet10", "imagenet", space)
+    state = common.read_weights(folder / "encoder.pt")
+    net, width = evaluate.resnet("resnet10", "imagenet", state)
     start = net.get_submodule(list(SPACES[space])[-1]).conv1.weight.std().item()
     assert start == pytest.approx(math.sqrt(2 / 64 / 49), rel=0.1), "--scratch starts as torchvision does"
-    state = common.read_weights(folder / "encoder.pt")
     net.load_state_dict(state)
     ours = Backbones(tiny("cmc", tmp_path, space=space))
     ours.load_state_dict(state)

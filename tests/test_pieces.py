@@ -199,6 +199,10 @@ def wmse_loss(m) -> list[Any]:
     return with_gradient(lambda *zs: m.wmse_loss(list(zs), order, 6), *views_of_12)
 
 
+def cpc_loss(m) -> list[Any]:
+    return with_gradient(lambda a, b: m.cpc_loss([a, b], [b, a * b], 0.5), *views())
+
+
 def dino_loss(m) -> list[Any]:
     a, b = views()
     center = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -350,6 +354,9 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
     "cmc.cmc_loss": lambda m: with_gradient(lambda *z: m.cmc_loss(list(z), 0.2, core=1), *views(), views()[0] + 1),
     "cmc.split": lambda m: [m.split(images(), space) for space in ("lab", "ycbcr", "rgb")],
+    "cpc.cpc_loss": cpc_loss,
+    "cpc.patches": lambda m: m.patches(images(), 4, 3),
+    "cpc.Context": lambda m: m.Context(3, 4, 2)(images().permute(0, 2, 3, 1)),
     "dino.dino_loss": dino_loss,
     "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
     "rotnet.rotation_loss": lambda m: with_gradient(lambda a: m.rotation_loss(a, torch.arange(4)), views()[0]),
