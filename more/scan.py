@@ -202,6 +202,9 @@ class Neighbours(nn.Module):
 # ------------------------------------------------------------------------------------------------------- loss
 
 
+AT_ONCE = 2**27  # cosines in memory: half a gigabyte
+
+
 @torch.no_grad()
 def mine_neighbours(h: Tensor, k: int) -> Tensor:
     """(N, k) int64: for each row of h (N, d), the k other rows that have the largest cosine with it, nearest first.
@@ -210,7 +213,7 @@ def mine_neighbours(h: Tensor, k: int) -> Tensor:
     """
     if not 0 < k < len(h):
         raise ValueError(f"each of {len(h)} rows has {len(h) - 1} others, not {k}")
-    found, rows = [], max(1, 2**27 // len(h))  # half a gigabyte of cosines at most
+    found, rows = [], max(1, AT_ONCE // len(h))
     with torch.autocast(h.device.type, enabled=False):
         h = F.normalize(full_precision(h), dim=1)  # N×d
         for start in range(0, len(h), rows):
@@ -247,7 +250,7 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Ten
         weak, strong = full_precision(weak.detach()), full_precision(strong)  # n×C
         p, label = weak.softmax(dim=1).max(dim=1)  # n
         sure = p > threshold
-        chosen = F.one_hot(label, weak.shape[1]) * sure[:, None]  # n×C
+        chosen = F.one_hot(label, weak.shape[1]).to(strong.dtype) * sure[:, None]  # n×C
         counts = all_gather(chosen.sum(0)[None]).sum(0)  # C: images with that label, on all ranks
         weight = (chosen / (counts * (counts > 0).sum()).clamp(min=1)).sum(1)  # n: 1 / (images of its label · labels)
         loss = rank_and_world()[1] * (weight * F.cross_entropy(strong, label, reduction="none")).sum()

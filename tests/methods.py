@@ -37,6 +37,7 @@ MORE = {
     "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
     "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
+    "scan": {"heads": 2, "neighbours": 5, "scan_epochs": 1},  # and an encoder to start from
 }
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
