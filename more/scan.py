@@ -28,6 +28,7 @@ What you should see: TODO
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ class Args(Flags):
     threshold: float = 0.99  # self-labelling: least probability that makes a label
     freeze_backbone: bool = False  # train the heads alone
     jitter_strength: float = 0.5  # of the strong views' colour jitter; 1 for large images
+    degrees: float = 30.0  # a strong view is turned by up to so much, either way
+    shear: float = 0.3  # and sheared by up to so many pixels per pixel
     cutout: float = 0.5  # largest side of the hole in a strong view, as a share of the image's
 
 
@@ -110,7 +113,8 @@ def check(args: Args, train: Data) -> None:
             numbers = [" ".join(f"{value:g}" for value in values) for values in (mean, std)]
             refuse(f"--init {args.init} was trained otherwise: add --mean {numbers[0]} --std {numbers[1]}")
     check_least(args, 0, "entropy_weight", "jitter_strength")
-    check_least(args, 0, "threshold", "cutout", most=1)
+    check_least(args, 0, "threshold", "shear", "cutout", most=1)
+    check_least(args, 0, "degrees", most=180)
     check_least(args, 1, "scan_epochs")
     check_widths(args, "heads")
     check_least(args, 1, "neighbours", most=len(train) - 1)
@@ -158,7 +162,21 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
     if args.blur:
         x = random_blur(x, draws, p=0.5)
     x = solarize(x, draws.chance(0.2))
+    x = turn(x, draws, args.degrees, args.shear)
     return cutout(normalize(x, args.mean, args.std), draws, args.cutout)
+
+
+def turn(x: Tensor, draws: Draws, degrees: float, shear: float) -> Tensor:
+    """Each image turned by up to so many degrees, either way, after a shear of up to `shear` pixels per pixel along
+    either axis; mirrored at the border.
+    """
+    angle = draws.uniform(-degrees, degrees) * math.pi / 180  # n
+    cos, sin = angle.cos(), angle.sin()
+    rotation = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)  # n×2×2
+    sheared = torch.eye(2, dtype=torch.float64) + draws.uniform(-shear, shear, 2).diag_embed().flip(2)  # n×2×2
+    matrix = F.pad(sheared @ rotation, (0, 1)).to(x.device, x.dtype, non_blocking=True)  # n×2×3: no translation
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # n×s×s×2: where each pixel comes from
+    return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
 def cutout(x: Tensor, draws: Draws, most: float) -> Tensor:

@@ -25,7 +25,7 @@ from worlds import run_on
 
 import common
 import scan
-from scan import SCAN, cutout, mine_neighbours, scan_loss, self_label_loss
+from scan import SCAN, cutout, mine_neighbours, scan_loss, self_label_loss, turn
 
 close = torch.testing.assert_close
 WEIGHTS = st.sampled_from([0.0, 1.0, 2.0, 5.0])
@@ -250,6 +250,26 @@ def test_the_hole_is_a_square_of_its_own_in_every_image():
     assert torch.equal(cutout(x, common.Draws((0,), 200), 0.0), x)
 
 
+def test_images_turn_and_shear_about_their_centre_by_angles_of_their_own():
+    """A line of ink through the centre tells by how much: its slope is that of the map."""
+    x = torch.zeros(300, 1, 33, 33)
+    x[:, :, :, 16] = 1  # upright
+    assert torch.equal(turn(x, common.Draws((0,), 300), 0.0, 0.0).round(decimals=4), x)
+    y = torch.arange(33) - 16.0
+
+    def slopes(images: Tensor) -> Tensor:  # of the ink's mean column in each row, near the centre
+        rows = images[:, 0, 10:23] + 1e-9
+        column = (rows * y).sum(2) / rows.sum(2)
+        return (column * y[10:23]).sum(1) / y[10:23].square().sum()
+
+    turned = turn(x, common.Draws((0,), 300), 30.0, 0.0)
+    angle = slopes(turned).atan() * 180 / math.pi
+    assert angle.abs().max() < 31 and angle.abs().mean() == pytest.approx(15, abs=1.5) and abs(angle.mean()) < 4
+    sheared = slopes(turn(x, common.Draws((0,), 300), 0.0, 0.3))
+    assert sheared.abs().max() < 0.31 and sheared.abs().mean() == pytest.approx(0.15, abs=0.02)
+    close(turn(x[100:], common.Draws((0,), 300, slice(100, 300)), 30.0, 0.0), turned[100:], rtol=0, atol=1e-6)
+
+
 def fake_run(first_step: int, last_step: int, images: int = 12, **flags) -> SimpleNamespace:
     """What `stages` uses of a run, of images that are painted in their numbers."""
     args = scan.Args(image_size=8, batch_size=4, **flags)
@@ -446,6 +466,8 @@ IMPOSSIBLE = [
     ({"entropy_weight": -1.0}, "--entropy-weight "),
     ({"jitter_strength": -1.0}, "--jitter-strength "),
     ({"cutout": 1.5}, "--cutout "),
+    ({"degrees": 200.0}, "--degrees "),
+    ({"shear": -0.1}, "--shear "),
     ({"scan_epochs": 0}, "--scan-epochs "),
     ({"heads": 0}, "--heads "),
     ({"neighbours": 0}, "--neighbours must be 1 to 63"),
