@@ -58,7 +58,6 @@ from common import (
     normalize,
     parse_args,
     random_blur,
-    rank_and_world,
     read_flags,
     refuse,
     solarize,
@@ -269,9 +268,10 @@ def self_label_loss(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Ten
         p, label = weak.softmax(dim=1).max(dim=1)  # n
         sure = p > threshold
         chosen = F.one_hot(label, weak.shape[1]).to(strong.dtype) * sure[:, None]  # n×C
-        counts = all_gather(chosen.sum(0)[None]).sum(0)  # C: images with that label, on all ranks
+        counts = all_gather(chosen.sum(0)[None])  # W×C: images with that label, on each rank
+        world, counts = len(counts), counts.sum(0)
         weight = (chosen / (counts * (counts > 0).sum()).clamp(min=1)).sum(1)  # n: 1 / (images of its label · labels)
-        loss = rank_and_world()[1] * (weight * F.cross_entropy(strong, label, reduction="none")).sum()
+        loss = world * (weight * F.cross_entropy(strong, label, reduction="none")).sum()
         agreement = (strong.argmax(1) == label).to(loss.dtype).mean()
     return loss, {"sure": sure.to(loss.dtype).mean(), "agreement": agreement}
 
@@ -332,3 +332,17 @@ if __name__ == "__main__":
     main(parse_args(Args, RECIPES))
 
 # ------------------------------------------ where this file, the paper and the official code differ
+#
+# (–: it does not say)  here                                   paper      official code
+#
+# neighbours            of h, for encoder.pt has no projector  –          of SimCLR's z, the output of its projector
+# k of them             and not the image itself               the same   and the image itself
+# strong views          crop, colours, turn, shear, cutout     4 of RandAugment's 14, then cutout: both; no crop
+# no sure image         loss 0                                 –          an error
+# heads                 mean of their losses                   –          sum
+# which head is kept    lowest training loss of late           the same   lowest validation loss, w = 1
+# logarithms            exact                                  –          -100 at least; 1e-8 added
+# BatchNorm             of images and neighbours together      –          of each by itself
+# self-labelling        goes on, with the same batch size      –          a run of its own, with another batch size
+# learning rate         scaled with the batch size             –          not scaled
+# precision             bf16 on a GPU, the losses in float32   –          float32

@@ -284,6 +284,11 @@ def linear_probe(m) -> list[Any]:
     return [diverged.value.code, m.linear_probe(*labelled(), epochs=3, batch_size=16)]
 
 
+def cluster_scores(m) -> dict[str, float]:
+    pytest.importorskip("sklearn")
+    return m.cluster_scores(torch.tensor([2, 2, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 1]))
+
+
 SOME = torch.tensor([True, False, True, False])
 INPUTS: dict[str, Callable[[Any], Any]] = {
     "simclr.nt_xent_loss": lambda m: with_gradient(lambda a, b: m.nt_xent_loss(a, b, 0.2), *views()),
@@ -313,6 +318,11 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
     "dino.dino_loss": dino_loss,
     "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
+    "scan.scan_loss": lambda m: with_gradient(lambda a, b: m.scan_loss(a, b, 5.0), *views()),
+    "scan.self_label_loss": lambda m: with_gradient(lambda b: m.self_label_loss(3 * b, b.flip(0), 0.5), views()[1]),
+    "scan.mine_neighbours": lambda m: m.mine_neighbours(views()[0], 2),
+    "scan.turn": lambda m: m.turn(images()[:, :, :10], draws_for(m, images()), 30.0, 0.3),
+    "scan.cutout": lambda m: m.cutout(images()[:, :, :10], draws_for(m, images()), 0.5),
     "common.LARS": lars,
     "common.cosine_schedule": lambda m: [m.cosine_schedule(step, 10, 3, 2.0, 0.1) for step in range(12)],
     "common.all_gather": lambda m: with_gradient(m.all_gather, views()[0]),
@@ -338,6 +348,7 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "common.knn_accuracy": lambda m: m.knn_accuracy(*labelled(), k=5),
     "common.embedding_health": lambda m: m.embedding_health(views()[0]),
     "common.signs_of_collapse": signs_of_collapse,
+    "evaluate.cluster_scores": cluster_scores,
     "evaluate.linear_probe": linear_probe,
 }
 
