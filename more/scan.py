@@ -50,7 +50,6 @@ from common import (
     all_gather,
     backbone,
     check_least,
-    check_widths,
     color_jitter,
     distribute,
     full_precision,
@@ -115,12 +114,12 @@ def check(args: Args, train: Data) -> None:
     check_least(args, 0, "threshold", "shear", "cutout", most=1)
     check_least(args, 0, "degrees", most=180)
     check_least(args, 1, "scan_epochs")
-    check_widths(args, "heads")
+    check_least(args, 1, "heads", most=100)
     check_least(args, 1, "neighbours", most=len(train) - 1)
     if not args.clusters and len(train.classes) < 2:
         refuse("--clusters: the images have no classes that say how many; give a number")
     if args.clusters:
-        check_least(args, 2, "clusters", most=2**15 // args.heads)
+        check_least(args, 2, "clusters", most=2**15)
 
 
 def cluster_count(args: Args, train: Data) -> int:
