@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,12 @@ def test_kmeans_finds_directions_whatever_the_lengths_and_belongs_to_the_seed():
     noise = torch.randn(300, 4, generator=generator)
     again = [evaluate.kmeans(noise, noise, 6, seed) for seed in (1, 1, 2)]
     assert np.array_equal(again[0], again[1]) and not np.array_equal(again[0], again[2])
+
+
+def test_features_that_are_all_the_same_are_one_cluster_and_nothing_is_said():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(evaluate.kmeans(torch.ones(8, 3), torch.ones(5, 3), 4, seed=0).tolist()) == {0}
 
 
 # ----------------------------------------------------------------------------------------------- whole program
