@@ -59,7 +59,6 @@ from common import (
     random_blur,
     read_flags,
     refuse,
-    solarize,
 )
 
 
@@ -67,7 +66,8 @@ from common import (
 class Args(Flags):
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; those of the run in --init: simclr.py's
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    base_lr: float = 2e-4
+    epochs: int = 13
+    base_lr: float = 1e-3
     optimizer: Literal["adam", "sgd"] = "adam"
     weight_decay: float = 1e-4
     warmup_epochs: float = 0
@@ -75,13 +75,13 @@ class Args(Flags):
     clusters: int = 0  # C; 0: as many as the images have classes
     neighbours: int = 20  # k, of every image
     entropy_weight: float = 5.0  # w
-    heads: int = 1  # linear layers that are trained side by side; the one with the lowest loss is kept
-    threshold: float = 0.99  # self-labelling: least probability that makes a label
+    heads: int = 10  # H, linear layers that are trained side by side; the one with the lowest loss is kept
+    threshold: float = 0.9  # self-labelling: least probability that makes a label (section 2.3: 0.99)
     freeze_backbone: bool = False  # train the heads alone
     jitter_strength: float = 0.5  # of the strong views' colour jitter; 1 for large images
     degrees: float = 30.0  # a strong view is turned by up to so much, either way
     shear: float = 0.3  # and sheared by up to so many pixels per pixel
-    cutout: float = 0.5  # largest side of the hole in a strong view, as a share of the image's
+    cutout: float = 0.0  # largest side of the hole in a strong view, as a share of the image's; 0: no hole
 
 
 RECIPES = {
@@ -89,13 +89,13 @@ RECIPES = {
     # The official configuration: 50 epochs, then 200 of self-labelling, for which it takes batches of 1000.
     "cifar": dict(
         dataset="cifar10", arch="resnet18", stem="small", epochs=250, log_every=50, eval_every=10, save_every=10,
-        scan_epochs=50, base_lr=2e-4,
+        scan_epochs=50, base_lr=2e-4, heads=1, threshold=0.99, cutout=0.5,
     ),
     # The official configuration: MoCo's weights, of which nothing but the heads is trained, and no self-labelling.
     "imagenet": dict(
         dataset="folder", image_size=224, arch="resnet50", workers=12, log_every=50, eval_every=10, save_every=1,
         mean=IMAGENET_MEAN, std=IMAGENET_STD, batch_size=512, epochs=100, scan_epochs=100, optimizer="sgd", base_lr=2.5,
-        weight_decay=0.0, freeze_backbone=True, neighbours=50, heads=10, blur=True, jitter_strength=1.0,
+        weight_decay=0.0, freeze_backbone=True, neighbours=50, blur=True, jitter_strength=1.0, cutout=0.5,
     ),
 }  # fmt: skip
 
@@ -159,7 +159,6 @@ def augment(x: Tensor, draws: Draws, args: Args) -> Tensor:
         x = grayscale(x, draws.chance(0.2))
     if args.blur:
         x = random_blur(x, draws, p=0.5)
-    x = solarize(x, draws.chance(0.2))
     x = turn(x, draws, args.degrees, args.shear)
     return cutout(normalize(x, args.mean, args.std), draws, args.cutout)
 
@@ -300,7 +299,7 @@ def main(args: Args) -> dict[str, float]:
     peak_lr = args.base_lr * args.batch_size / 256
 
     for step, view1, view2 in stages(run, table.rows):
-        lr = run.schedule(step, peak_lr, final=peak_lr)  # constant once it has risen
+        lr = run.schedule(step, peak_lr, final=0.0)
         for group in optimizer.param_groups:
             group["lr"] = lr
         x2 = augment(*view2, args)  # n×3×s×s
