@@ -8,17 +8,16 @@ once, before training, and p_i the C probabilities that backbone, linear layer a
     loss = - mean over i of log <p_i, p_j>, j drawn from N(i)  +  w · sum over c of p'_c log p'_c           (eq. 2)
 
 with p' the mean of p_i over the batch. The first term wants an image and its neighbour in one cluster, and surely so:
-the product of two probabilities is 1 only where both are. The second is minus the entropy of p', and wants clusters of
-one size. The neighbours differ, and this is why the clusters are better than k-means': distances are believed where
-they are small only. k-means believes the large ones, too, and all directions alike.
+the product of two probabilities is 1 only where both are 1. The second is minus the entropy of p', and wants clusters
+of one size. Only small distances count, those to neighbours, and a chain of neighbours may be long and bent; k-means
+takes large distances for what they are, and its clusters are round. Views that differ much make the chains shorter.
 
-Then comes self-labelling (section 2.3). Where the network is sure of an image as it is, p > 0.99, this cluster is the
-label of a strongly augmented view: cross-entropy, in which every cluster has the same weight. So it learns from the
-images that it knows, and mends neighbours that were wrong.
+Then comes self-labelling (section 2.3). Where the network is sure of an image as it is, that cluster is the label of a
+strongly augmented view of it: cross-entropy, in which every cluster has the same weight. What the network knows mends
+what wrong neighbours have taught it.
 
-The entropy prevents collapse: without it, all images in one cluster have the lowest loss. It says nothing of what the
-clusters mean, and a network that starts from noise sorts by brightness; hence `--init`. With fewer images in a batch
-than clusters, p' is noise.
+The entropy prevents collapse: were all images in one cluster, the loss would be 0, and it is -w log C at best. What the
+clusters mean is up to the neighbours; those of an untrained network have the same brightness, hence `--init`.
 
 What you should see: TODO
 
@@ -335,12 +334,14 @@ if __name__ == "__main__":
 #
 # neighbours            of h, for encoder.pt has no projector  –          of SimCLR's z, the output of its projector
 # k of them             and not the image itself               the same   and the image itself
-# strong views          crop, colours, turn, shear, cutout     4 of RandAugment's 14, then cutout: both; no crop
+# strong views          crop, colours, turn, shear; cutout in  4 of RandAugment's 14, then cutout: both; no crop
+#                       `cifar` and `imagenet`
 # no sure image         loss 0                                 –          an error
 # heads                 mean of their losses                   –          sum
 # which head is kept    lowest training loss of late           the same   lowest validation loss, w = 1
 # logarithms            exact                                  –          -100 at least; 1e-8 added
 # BatchNorm             of images and neighbours together      –          of each by itself
 # self-labelling        goes on, with the same batch size      –          a run of its own, with another batch size
-# learning rate         scaled with the batch size             –          not scaled
+# learning rate         half a cosine, to 0; scaled with the   –          constant; not scaled
+#                       batch size
 # precision             bf16 on a GPU, the losses in float32   –          float32
