@@ -404,7 +404,7 @@ def test_weak_views_are_images_as_they_are_and_the_best_head_alone_learns_from_t
         for state in before["optimizer"]["state"].values()
         if state["momentum_buffer"].shape == (8, 16)
     )
-    ahead = -0.1 * 8 / 256 * 0.9 * speed
+    ahead = -0.9 * speed * common.cosine_schedule(5, 15, 0, peak=0.1 * 8 / 256, final=0.0)
     close(moved[0], ahead[0], rtol=1e-3, atol=1e-7)
     assert (moved[1] - ahead[1]).norm() > 1e-4
 
