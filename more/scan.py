@@ -17,9 +17,14 @@ strongly augmented view of it: cross-entropy, in which every cluster has the sam
 what wrong neighbours have taught it.
 
 The entropy prevents collapse: were all images in one cluster, the loss would be 0, and it is -w log C at best. What the
-clusters mean is up to the neighbours; those of an untrained network have the same brightness, hence `--init`.
+clusters mean is up to the neighbours, and those of an untrained network are alike in low-level ways; hence `--init`.
 
-What you should see: TODO
+What you should see: the loss starts at (1 - w) log C, -9.2 for ten clusters, and falls to -10.6; `entropy` is log C, or
+2.3, all the time, and `consistency`, the first term, falls from 2.3 to 0.9. In self-labelling the loss is another one;
+`sure`, the share of images that have a label, rises from a half. With the command below and what `python simclr.py` has
+trained, 67 % of the test images are in the cluster of their class before self-labelling and 73 % after it; of k-means'
+clusters of SimCLR's features it is 44 %. The online kNN goes from 88 % to 89 %. Signs of trouble: `entropy` sinks, as
+with a weight w near 0; or `sure` stays near 0.
 
     python more/scan.py --init runs/simclr    some minutes on two CPU cores, once python simclr.py has made that run
     python evaluate.py runs/scan... --protocol cluster    how well clusters and classes agree
@@ -334,14 +339,12 @@ if __name__ == "__main__":
 #
 # neighbours            of h, for encoder.pt has no projector  –          of SimCLR's z, the output of its projector
 # k of them             and not the image itself               the same   and the image itself
-# strong views          crop, colours, turn, shear; cutout in  4 of RandAugment's 14, then cutout: both; no crop
-#                       `cifar` and `imagenet`
+# strong views          crop, colours, turn, shear (cutout)    4 of RandAugment's 14, then cutout: both; no crop
 # no sure image         loss 0                                 –          an error
 # heads                 mean of their losses                   –          sum
-# which head is kept    lowest training loss of late           the same   lowest validation loss, w = 1
+# which head is kept    lowest training loss of late           –          lowest validation loss, w = 1
 # logarithms            exact                                  –          -100 at least; 1e-8 added
 # BatchNorm             of images and neighbours together      –          of each by itself
 # self-labelling        goes on, with the same batch size      –          a run of its own, with another batch size
-# learning rate         half a cosine, to 0; scaled with the   –          constant; not scaled
-#                       batch size
+# learning rate         half a cosine, scaled with the batch   –          constant, not scaled
 # precision             bf16 on a GPU, the losses in float32   –          float32
