@@ -6,7 +6,7 @@ In the order in which a method's `main` meets it:
     the run         Run, and its parts: RunFolder (checkpoints, signals), Log (metrics, console), Judge (online kNN)
     processes       start_processes, all_gather, my_rows, SyncBatchNorm, distribute, full_precision
     images          Data, Crop, load_data: folders, torchvision's datasets, decoding by workers, procedural textures
-    networks        backbone, read_weights; LARS, cosine_schedule
+    networks        backbone, read_weights; LARS, LARC, cosine_schedule
     batches         Draws, View, Batch, batches: who sees which images, with which random numbers
     augmentation    resized_crop, color_jitter, grayscale, random_blur, solarize, normalize: batched, drawn per image
     neighbours      knn_scores, embedding_health
@@ -21,6 +21,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import functools
 import inspect
 import itertools
 import json
@@ -119,13 +120,16 @@ class Flags:
     max_steps: int = 0  # stop after so many steps of the schedule that --epochs sets; 0: do not
     train_limit: int = 0  # train on so many images, chosen at random; 0: all
     base_lr: float = 1.0  # learning rate at batch size 256, scaled linearly with it
-    optimizer: Literal["lars", "sgd"] = "lars"  # momentum 0.9 in both
+    optimizer: Literal["lars", "larc", "sgd"] = "lars"  # momentum 0.9 in all; larc: a variant of LARS, see common.py
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
     workers: int = 2  # per process, for images that do not fit in memory
+    full_decode: bool = (
+        False  # decode JPEGs at full size, not at the nearest of 1/2, 1/4, 1/8: slower, a little sharper
+    )
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints
@@ -277,6 +281,8 @@ class Run:
         self.compute, self.scaler = compute_in(args.precision, start_processes())
         self.device, self.dtype, self.autocast = self.compute
         self.train, self.test = load_data(args.dataset, args.data_dir, args.train_limit, self.device)
+        for data in filter(None, (self.train, self.test)):
+            data.full_decode = args.full_decode
         batch_size, image_size = fit_batch_size(args, len(self.train)), args.image_size or usual_view(self.train)
         self.args = args = dataclasses.replace(args, run_dir=run_dir, batch_size=batch_size, image_size=image_size)
         torch.manual_seed(args.seed)
@@ -970,6 +976,7 @@ class Data:
     whole: dict[str, Any] = dataclasses.field(default_factory=dict)  # what `load_data` says of all images there are
     bad: dict[str, str] = dataclasses.field(default_factory=dict)  # files that could not be decoded, and why
     targets: Tensor = None  # (N,) float64, a number to predict, NaN where unknown; all are, if it is left out
+    full_decode: bool = False  # JPEGs are not decoded at reduced scale
 
     def __post_init__(self) -> None:
         if self.targets is None:
@@ -981,7 +988,9 @@ class Data:
     def subset(self, index: Tensor) -> "Data":
         pixels = None if self.pixels is None else self.pixels[index.to(self.pixels.device)]
         files = None if self.files is None else self.files[index.numpy()]
-        return Data(pixels, files, self.labels[index], self.classes, self.whole, targets=self.targets[index])
+        return dataclasses.replace(
+            self, pixels=pixels, files=files, labels=self.labels[index], targets=self.targets[index], bad={}
+        )
 
     def rows_with(self, known: Literal["labels", "targets"]) -> Tensor:
         """Which of the images have a label, or a target."""
@@ -1274,13 +1283,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_crops(image: Image.Image, boxes: list[list[int]], crops: list[Crop]) -> list[Tensor]:
-    """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8. A JPEG
-    is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is resized to.
+def decode_crops(
+    image: Image.Image, boxes: list[list[int]], crops: list[Crop], full_decode: bool = False
+) -> list[Tensor]:
+    """Each box (top, left, height, width) of an opened image, resized to its crop's size: (3, size, size) uint8. Unless
+    `full_decode`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where every box still covers the pixels it is
+    resized to: that is faster, and costs a few per cent of its contrast between neighbouring pixels.
     """
     width, _ = upright_size(image)
-    reduction = max(1, min(min(box[2:]) // crop.size for box, crop in zip(boxes, crops, strict=True)))
-    image.draft(None, (image.width // reduction, image.height // reduction))
+    if not full_decode:
+        reduction = max(1, min(min(box[2:]) // crop.size for box, crop in zip(boxes, crops, strict=True)))
+        image.draft(None, (image.width // reduction, image.height // reduction))
     rgb = to_rgb(image)
     scale = rgb.width / width
     views = []
@@ -1301,18 +1314,20 @@ class ImageFiles(torch.utils.data.Dataset):
     `first`; without one, that of `centre_box`.
     """
 
-    def __init__(self, files: np.ndarray, crops: list[Crop], seed: int | None = None, first: int = 0):
-        self.files, self.crops, self.seed, self.first = files, crops, seed, first
+    def __init__(self, data: Data, crops: list[Crop], seed: int | None = None, first: int = 0):
+        self.files, self.full_decode, self.crops = data.files, data.full_decode, crops
+        self.seed, self.first = seed, first
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, list[tuple[str, str]]]:
         def read(image: Image.Image) -> list[Tensor]:
             width, height = upright_size(image)
             if self.seed is None:
-                return decode_crops(image, [centre_box(height, width, crop.size) for crop in self.crops], self.crops)
+                boxes = [centre_box(height, width, crop.size) for crop in self.crops]
+                return decode_crops(image, boxes, self.crops, self.full_decode)
             views = enumerate(self.crops, self.first)
             drawn = [(Draws((CROPS, self.seed, *key, view), 1), crop) for view, crop in views]
             boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
-            views = decode_crops(image, boxes, self.crops)
+            views = decode_crops(image, boxes, self.crops, self.full_decode)
             return [v.flip(-1) if d.chance(crop.flip) else v for v, (d, crop) in zip(views, drawn, strict=True)]
 
         return read_or_next(self.files, key[1], read)
@@ -1358,7 +1373,7 @@ def centred_views(data: Data, rows: Iterable[int], size: int, compute: Compute, 
     chunks, (device, dtype, _) = torch.as_tensor(rows).split(256), compute
     if data.pixels is None:
         keys = [[(0, index) for index in chunk.tolist()] for chunk in chunks]
-        loaded = ImageFiles(data.files, [Crop(size, (1, 1), "bilinear")]).load(keys, workers)
+        loaded = ImageFiles(data, [Crop(size, (1, 1), "bilinear")]).load(keys, workers)
         for chunk, (views, used, errors) in zip(chunks, loaded, strict=True):
             count_bad(data, errors)
             data.replace(chunk, used)
@@ -1486,7 +1501,9 @@ def backbone(arch: str, stem: str, zero_init: bool) -> tuple[nn.Module, int]:
 # The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.
 _PREFIXES = ("encoder_q.", "backbone.", "encoder.", "")
 # What a ResNet and torchvision's vision transformer consist of, by their first convolution.
-_TRUNKS = {"conv1.weight": r"(conv1|bn1|layer[1-4])\..*", "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
+_RESNET = r"(conv1|bn1|layer[1-4])\..*"
+_TRUNKS = {"conv1.weight": _RESNET, "conv_proj.weight": r"class_token|(conv_proj|encoder)\..*"}
+_TRUNKS |= {f"{v[0]}.conv1.weight": rf"({v})\.{_RESNET}" for v in ("l|ab", "y|cbcr", "r|g|b")}  # of more/cmc.py
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -1561,11 +1578,25 @@ class LARS(torch.optim.Optimizer):
 
     In a parameter group with `adapt=False`, as is usual for biases and BatchNorm, the first two lines are left out:
     neither decay nor adaptation. All tensors of a group are updated together, without a read from the device.
+
+    With `clip` (LARC of apex, LARS of solo-learn) the second line is
+
+        g <- g * min{eta * |p| / (|g without decay| + weight_decay * |p|) / lr, 1}
+
+    so that lr cancels, and does no more than cap the step of a tensor whose gradient is small.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, eta: float = 0.001):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "adapt": True}
-        super().__init__(params, defaults)
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+        clip: bool = False,
+    ):
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta, "clip": clip}
+        super().__init__(params, defaults | {"adapt": True})
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1574,12 +1605,17 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = [p.grad for p in params]
+            updates = gradients = [p.grad for p in params]
             if group["adapt"]:
                 # A copy: it is scaled in place below.
-                updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+                updates = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
                 p_norm, g_norm = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, updates))
-                ratio = (group["eta"] * p_norm / g_norm).where((p_norm > 0) & (g_norm > 0), 1.0)
+                ratio = group["eta"] * p_norm / g_norm
+                if group["clip"]:
+                    raw_norm = torch.stack(torch._foreach_norm(gradients))
+                    ratio = group["eta"] * p_norm / (raw_norm + group["weight_decay"] * p_norm) / group["lr"]
+                    ratio = ratio.clamp(max=1)  # infinite where lr is 0, as in the first step of a warm-up
+                ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
                 torch._foreach_mul_(updates, list(ratio.unbind()))
             for p in params:
                 if "momentum_buffer" not in self.state[p]:
@@ -1589,6 +1625,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(buffers, updates)
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
         return loss
+
+
+LARC = functools.partial(LARS, eta=0.02, clip=True)  # eta of apex and solo-learn
 
 
 def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float, final: float) -> float:
@@ -1666,7 +1705,7 @@ def batches(
     indices, ahead = itertools.tee(batch_indices(len(data), batch_size, steps, seed, neighbours))
     if data.pixels is None:
         keys = ([(epoch, i) for i in index[rows].tolist()] for epoch, index in ahead)
-        loaded = ImageFiles(data.files, crops, seed, first).load(keys, workers)
+        loaded = ImageFiles(data, crops, seed, first).load(keys, workers)
     for step, (_, index) in zip(steps, indices, strict=True):
         index = torch.from_numpy(index)
         draws = [Draws((VIEWS, seed, step, first + view), batch_size, rows) for view in range(len(crops))]

@@ -131,6 +131,7 @@ class Args:
     output: str = ""  # folder for results and pictures; none: where the weights are
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the network
     workers: int = 2  # for images that do not fit in memory
+    full_decode: bool = False  # decode JPEGs at full size, as is done anyway if the run did
 
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of features with a variance of 1
@@ -394,7 +395,7 @@ def finetune(
         abort("the logits of the test images are not finite: training diverged; lower --lr-backbone and --lr-head")
     top = logits.topk(min(5, len(train.classes)), dim=1).indices  # N×5
     hits = top == test.labels.to(device)[:, None]
-    classifier = "fc." if hasattr(net, "fc") else "heads.head."  # as torchvision names it
+    classifier = "heads.head." if hasattr(net, "heads") else "fc."  # as torchvision names it
     weights = net.state_dict() | {classifier + name: value for name, value in head.state_dict().items()}
     file = io.BytesIO()
     torch.save({name: value.cpu() for name, value in weights.items()}, file)
@@ -600,8 +601,14 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     # Beside a file that was named itself, another program's args.json may lie.
     flags = file.parent / "args.json"
     run = read_flags(flags, required=file is not path) if flags.exists() else {}
-    inherited = ("image_size", "mean", "std") + (() if args.dataset or args.data_dir else ("dataset", "data_dir"))
-    usual |= {name: run[name] for name in inherited if run}
+    inherited = ("image_size", "mean", "std", "full_decode") + (
+        () if args.dataset or args.data_dir else ("dataset", "data_dir")
+    )
+    usual |= {name: run[name] for name in inherited if name in run}
+    if color_space(state):
+        usual |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+        if any(args.std):
+            refuse(f"{file} splits the colours of images in [0, 1]: leave out --mean and --std")
     if any(args.std):
         del usual["mean"], usual["std"]  # given by hand, where 0 0 0 is a mean
     filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
@@ -695,16 +702,77 @@ def describe_weights(state: dict[str, Tensor], name: str, image_size: int = 224)
         if faults := misfits(net, state):
             refuse(f"{name} holds the weights of no vision transformer known here: {faults[0]}")
         return "vit", ""
-    stem = "small" if state["conv1.weight"].shape[2:] == (3, 3) else "imagenet"
+    space = color_space(state)
+    first = f"{COLOR_VIEWS[space][0][0]}.conv1.weight" if space else "conv1.weight"
+    stem = "small" if state[first].shape[2:] == (3, 3) else "imagenet"
     faults = {}
     for arch in ARCHITECTURES:
         with torch.device("meta"):
-            net, _ = backbone(arch, stem, zero_init=False)
+            net, _ = resnet(arch, stem, space)
         faults[arch] = misfits(net, state)
         if not faults[arch]:
             return arch, stem
     nearest = min(faults, key=lambda arch: len(faults[arch]))
     refuse(f"{name} holds the weights of no ResNet known here; it is nearest to {nearest}, but {faults[nearest][0]}")
+
+
+COLOR_VIEWS = {  # of more/cmc.py: names, and how many channels each has
+    "lab": (("l", 1), ("ab", 2)),
+    "ycbcr": (("y", 1), ("cbcr", 2)),
+    "rgb": (("r", 1), ("g", 1), ("b", 1)),
+}
+
+
+def color_space(state: dict[str, Tensor]) -> str:
+    """Whose views the ResNets of more/cmc.py see that this state dict holds; "" of a single ResNet."""
+    return next((space for space, views in COLOR_VIEWS.items() if f"{views[0][0]}.conv1.weight" in state), "")
+
+
+def resnet(arch: str, stem: str, space: str) -> tuple[nn.Module, int]:
+    """A ResNet without its classifier and the width of its features, or one for each view of a `space`."""
+    if not space:
+        return backbone(arch, stem, zero_init=False)
+    net = ColorViews(arch, stem, space)
+    return net, net.width
+
+
+class ColorViews(nn.Module):
+    """What more/cmc.py trains: images in [0, 1] are split by their colours, the features are those of all views."""
+
+    def __init__(self, arch: str, stem: str, space: str):
+        super().__init__()
+        self.space, self.width = space, 0
+        for view, channels in COLOR_VIEWS[space]:
+            net, width = backbone(arch, stem, zero_init=False)
+            old = net.conv1
+            net.conv1 = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride, old.padding, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.add_module(view, net)
+            self.width += width
+
+    def forward(self, x: Tensor) -> Tensor:
+        views = split_colors(x, self.space)  # n×channels×s×s each
+        return torch.cat([net(view) for net, view in zip(self.children(), views, strict=True)], dim=1)  # n×width
+
+
+def split_colors(x: Tensor, space: str) -> list[Tensor]:
+    """The same as `split` in more/cmc.py, which says more."""
+    r, g, b = x.split(1, dim=1)  # n×1×s×s
+    if space == "lab":
+        r, g, b = (((c + 0.055) / 1.055).pow(2.4).where(c > 0.04045, c / 12.92) for c in (r, g, b))
+        fx, fy, fz = (
+            t.pow(1 / 3).where(t > (6 / 29) ** 3, t * (29 / 6) ** 2 / 3 + 4 / 29)
+            for t in (
+                (0.412391 * r + 0.357584 * g + 0.180481 * b) / 0.950456,
+                0.212639 * r + 0.715169 * g + 0.072192 * b,
+                (0.019331 * r + 0.119195 * g + 0.950532 * b) / 1.089058,
+            )
+        )
+        x = torch.cat([1.16 * fy - 0.16, 5 * (fx - fy), 2 * (fy - fz)], dim=1)
+    elif space == "ycbcr":
+        y = 0.299 * r + 0.587 * g + 0.114 * b
+        x = torch.cat([y, (b - y) / 1.772, (r - y) / 1.402], dim=1)
+    return list(x.split([channels for _, channels in COLOR_VIEWS[space]], dim=1))
 
 
 def vision_transformer(state: dict[str, Tensor], name: str, image_size: int) -> tuple[nn.Module, int]:
@@ -733,6 +801,8 @@ def main(args: Args) -> dict[str, Any]:
     judge = Judge(args.image_size, args.mean, args.std, compute, args.workers)
     known = "targets" if args.protocol == "regress" else "labels"
     train, test = load_data(args.dataset, args.data_dir, args.train_limit, device, known)
+    for data in filter(None, (train, test)):
+        data.full_decode = args.full_decode
     if test is None and known == "targets":
         refuse("--protocol regress needs targets for training and test images: those of patterns, or a targets.csv")
     if test is None and args.protocol != "diagnose":
@@ -757,7 +827,7 @@ def main(args: Args) -> dict[str, Any]:
     if arch == "vit":
         net, width = vision_transformer(state, args.weights, args.image_size)
     else:
-        net, width = backbone(arch, stem, zero_init=False)
+        net, width = resnet(arch, stem, color_space(state))
     if not args.scratch:
         net.load_state_dict(state)
     net = net.to(device, compute.dtype, memory_format=torch.channels_last)

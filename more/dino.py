@@ -430,7 +430,7 @@ if __name__ == "__main__":
 # last layer            normalised; ViT-S: as a flag           –                 normalised, but not for ViT-S
 # logits                in float32 under autocast, too (2)     –                 fp16 or bf16
 # ResNet-50             100 epochs, batch 512, SGD             800, 4080, LARS   as here, in its README
-# blur's kernel         Gaussian, a tenth of the image wide    –                 Pillow's box approximation
+# blur                  Gaussian; the border is mirrored       –                 Pillow's boxes; the border is repeated
 # small images          few outputs, sharper targets, a fast   –                 –
 #                       teacher and a faster centre (3), and
 #                       BatchNorm in the head, in `quick`

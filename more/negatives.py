@@ -57,6 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (
+    LARC,
     LARS,
     Crop,
     Draws,
@@ -249,7 +250,7 @@ def main(args: Args) -> dict[str, float]:
     others = [p for p in model.parameters() if p.ndim == 1 and p.requires_grad]  # biases and BatchNorm
     # Neither adapted nor decayed: LARS obeys `adapt`; SGD does not know it, and takes the decay of 0.
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0, "adapt": False}]
-    make = LARS if args.optimizer == "lars" else torch.optim.SGD
+    make = {"lars": LARS, "larc": LARC, "sgd": torch.optim.SGD}[args.optimizer]
     optimizer = make(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
     run.start(model=model, optimizer=optimizer)  # from a checkpoint, if there is one
     network = distribute(model)  # averages gradients over processes: common.py tells why that is exact

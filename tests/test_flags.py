@@ -62,6 +62,8 @@ IMPOSSIBLE = [
     ("moco", {"key_momentum": 1.5}, ""),
     ("moco", {"key_momentum": -0.1}, ""),
     ("moco", {"key_momentum": math.nan}, ""),
+    ("moco", {"key_momentum_end": 1.5}, ""),
+    ("moco", {"head_hidden": -1}, ""),
     ("moco", {"temperature": -1.0}, ""),
     ("moco", {"head_dim": 0}, ""),
     ("simclr", {"temperature": 1e-45}, "--temperature must be at least 0.0001, not 1e-45"),

@@ -205,6 +205,43 @@ def dino_loss(m) -> list[Any]:
     return with_gradient(lambda *student: m.dino_loss(list(student), [b, a], center, 0.1, 0.04), a, b, a * b)
 
 
+def deepcluster_loss(m) -> list[Any]:
+    assignments, centroids = torch.tensor([[0, 2, -100, 1], [1, 1, 0, 0]]), torch.stack(views())[:, :3].detach()
+    return with_gradient(lambda a, b: m.deepcluster_loss(torch.cat([a, b]), assignments, centroids, 0.2), *views())
+
+
+def deepcluster_bank(m) -> dict[str, Tensor]:
+    bank = m.Bank(6, 3, 2, 6)
+    bank.update(torch.tensor([0, 5, 2, 1]), views())
+    bank.cluster(2, 0, 1)
+    return bank.state_dict()
+
+
+def bank_rows() -> tuple[Tensor, Tensor, Tensor]:
+    """Own rows (4, 6) and negatives (5, 6), and which of these are the own ones."""
+    rows = torch.linspace(-1, 2, 30, dtype=torch.float64).cos().reshape(5, 6)
+    return rows[:4], rows, torch.arange(4)[:, None] == torch.arange(5)
+
+
+def pirl_loss(m) -> list[Any]:
+    own, rows, same = bank_rows()
+    forms, log_z = ("softmax", "nce", "pirl"), torch.tensor(2.0, dtype=torch.float64)
+    losses = [lambda f, g, form=form: m.pirl_loss(f, g, own, rows, 0.3, 0.1, form, log_z, same) for form in forms]
+    return [with_gradient(loss, *views()) for loss in losses]
+
+
+def bank_nce_loss(m) -> list[Any]:
+    own, rows, same = bank_rows()
+    return with_gradient(lambda query: m.bank_nce_loss(query, own, rows, 0.1, "pirl", None, same), views()[0])
+
+
+def pirl_bank(m) -> dict[str, Tensor]:
+    bank = m.Bank(6, 6, 0.5)
+    for z in views():
+        bank.update(torch.tensor([4, 0, 1, 5]), z)
+    return {"rows": bank.rows, "names": sorted(bank.state_dict())}
+
+
 def moved(update: Callable[[nn.Module, nn.Module], None]) -> dict[str, Tensor]:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     update(slow, fast)
@@ -316,8 +353,21 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "nnclr.Support": nnclr_support,
     "wmse.wmse_loss": wmse_loss,
     "wmse.whiten": lambda m: with_gradient(m.whiten, views()[0].reshape(12, 2)),
+    "cmc.cmc_loss": lambda m: with_gradient(lambda *z: m.cmc_loss(list(z), 0.2, core=1), *views(), views()[0] + 1),
+    "cmc.split": lambda m: [m.split(images(), space) for space in ("lab", "ycbcr", "rgb")],
     "dino.dino_loss": dino_loss,
     "dino.update_center": lambda m: m.update_center(views()[0][0], list(views()), 0.9),
+    "rotnet.rotation_loss": lambda m: with_gradient(lambda a: m.rotation_loss(a, torch.arange(4)), views()[0]),
+    "rotnet.rotations": lambda m: m.rotations(images()[..., :10, :]),
+    "deepcluster.deepcluster_loss": deepcluster_loss,
+    "deepcluster.spherical_kmeans": lambda m: m.spherical_kmeans(torch.cat(views()), 3, 2, torch.arange(3)),
+    "deepcluster.Bank": deepcluster_bank,
+    "deepcluster.purity": lambda m: m.purity(SOME.long()[None], torch.tensor([0, 1, 1, 0]), 2, 2),
+    "pirl.bank_nce_loss": bank_nce_loss,
+    "pirl.pirl_loss": pirl_loss,
+    "pirl.estimate_log_z": lambda m: m.estimate_log_z(views()[0], *bank_rows()[:2], 0.1, bank_rows()[2]),
+    "pirl.Bank": pirl_bank,
+    "pirl.tiles": lambda m: m.tiles(images()[..., :10], draws_for(m, images()), 2, 3),
     "scan.scan_loss": lambda m: with_gradient(lambda a, b: m.scan_loss(a, b, 5.0), *views()),
     "scan.self_label_loss": lambda m: with_gradient(lambda b: m.self_label_loss(3 * b, b.flip(0), 0.5), views()[1]),
     "scan.mine_neighbours": lambda m: m.mine_neighbours(views()[0], 2),
