@@ -346,11 +346,13 @@ class Run:
         if fresh and torch.cpu.get_capabilities().get("avx512_bf16"):  # measured once, on an AMD Zen 4: 1.56 times
             say("hint     this CPU has bf16 instructions: --precision bf16 trains about 1.5 times as fast")
 
-    def batches(self, crops: "list[Crop]", steps: range | None = None) -> "Iterator[tuple[int, Batch]]":
-        """(step, its batch) for every step that is left to take, or for `steps`."""
-        steps = range(self.first_step, self.last_step) if steps is None else steps
-        made = batches(self.train, crops, steps, self.args.batch_size, self.args.seed, self.compute, self.args.workers)
-        return zip(steps, made, strict=True)
+    def batches(
+        self, crops: "list[Crop]", steps: range | None = None, neighbours: Tensor | None = None
+    ) -> "Iterator[tuple[int, Batch]]":
+        """(step, its batch) for every step that is left to take, or for `steps`; of `neighbours`, if they are given."""
+        steps, args = range(self.first_step, self.last_step) if steps is None else steps, self.args
+        how = (args.batch_size, args.seed, self.compute, args.workers, neighbours)
+        return zip(steps, batches(self.train, crops, steps, *how), strict=True)
 
     def schedule(self, step: int, peak: float, final: float = 0.0) -> float:
         """Linear warm-up over `--warmup-epochs`, then a cosine over the rest of `--epochs`."""
@@ -698,6 +700,8 @@ class Log:
 
     def step(self, step: int, loss: Tensor, terms: dict[str, Tensor], lr: float, z: Tensor) -> None:
         """Every --log-every steps a line on the console and in metrics.jsonl. z (n, d) is watched for collapse."""
+        if self.unchecked and self.unchecked[-1][2] != ["loss", *terms]:
+            self.check_finite()  # a stage of training begins that has other terms
         self.unchecked.append((step, lr, ["loss", *terms], torch.stack([loss, *terms.values()]).detach()))
         if step % self.args.log_every and step != self.last_step:
             return
@@ -1306,11 +1310,13 @@ def decode_crops(
 class ImageFiles(torch.utils.data.Dataset):
     """For loader workers: (epoch, index) -> what `read_or_next` says, with views, (3, size, size) uint8 each.
 
-    With a seed, a view is a random crop that belongs to (seed, epoch, image, view); without one, that of `centre_box`.
+    With a seed, a view is a random crop that belongs to (seed, epoch, image, view), where views are numbered from
+    `first`; without one, that of `centre_box`.
     """
 
-    def __init__(self, data: Data, crops: list[Crop], seed: int | None = None):
-        self.files, self.full_decode, self.crops, self.seed = data.files, data.full_decode, crops, seed
+    def __init__(self, data: Data, crops: list[Crop], seed: int | None = None, first: int = 0):
+        self.files, self.full_decode, self.crops = data.files, data.full_decode, crops
+        self.seed, self.first = seed, first
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor] | None, int, list[tuple[str, str]]]:
         def read(image: Image.Image) -> list[Tensor]:
@@ -1318,7 +1324,8 @@ class ImageFiles(torch.utils.data.Dataset):
             if self.seed is None:
                 boxes = [centre_box(height, width, crop.size) for crop in self.crops]
                 return decode_crops(image, boxes, self.crops, self.full_decode)
-            drawn = [(Draws((CROPS, self.seed, *key, view), 1), crop) for view, crop in enumerate(self.crops)]
+            views = enumerate(self.crops, self.first)
+            drawn = [(Draws((CROPS, self.seed, *key, view), 1), crop) for view, crop in views]
             boxes = [random_boxes(d, height, width, crop.scale)[0].tolist() for d, crop in drawn]
             views = decode_crops(image, boxes, self.crops, self.full_decode)
             return [v.flip(-1) if d.chance(crop.flip) else v for v, (d, crop) in zip(views, drawn, strict=True)]
@@ -1642,7 +1649,7 @@ def cosine_schedule(step: int, total_steps: int, warmup_steps: int, peak: float,
 # ---------------------------------------------------------------------------------------------------- batches
 
 # First word of a key, so that no two uses share their numbers: for numpy (seed, step) and (seed, step, 0) are one key.
-ORDER, CROPS, VIEWS = 1, 2, 3
+ORDER, CROPS, VIEWS, NEIGHBOURS = 1, 2, 3, 4
 
 
 class Draws:
@@ -1691,19 +1698,23 @@ class Batch:
 
 
 def batches(
-    data: Data, crops: list[Crop], steps: range, batch_size: int, seed: int, compute: Compute, workers: int = 0
-) -> Iterator[Batch]:
+    data: Data, crops: list[Crop], steps: range, batch_size: int, seed: int, compute: Compute, workers: int = 0,
+    neighbours: Tensor | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """For each of `steps`, this rank's slice of the batch, a view per crop. Every step takes the next batch_size images
     of its epoch's permutation; a short rest is left out. `workers` decode what is not in memory.
+
+    With a table `neighbours`, (N, k) rows of `data` for its N images, each image of the batch makes way for one of its
+    k, chosen at random: the batch that belongs to the one without. Their views are numbered on, and so look different.
     """
-    (device, dtype, _), rows = compute, my_rows(batch_size)
-    indices, ahead = itertools.tee(batch_indices(len(data), batch_size, steps, seed))
+    (device, dtype, _), rows, first = compute, my_rows(batch_size), 0 if neighbours is None else len(crops)
+    indices, ahead = itertools.tee(batch_indices(len(data), batch_size, steps, seed, neighbours))
     if data.pixels is None:
         keys = ([(epoch, i) for i in index[rows].tolist()] for epoch, index in ahead)
-        loaded = ImageFiles(data, crops, seed).load(keys, workers)
+        loaded = ImageFiles(data, crops, seed, first).load(keys, workers)
     for step, (_, index) in zip(steps, indices, strict=True):
         index = torch.from_numpy(index)
-        draws = [Draws((VIEWS, seed, step, view), batch_size, rows) for view in range(len(crops))]
+        draws = [Draws((VIEWS, seed, step, first + view), batch_size, rows) for view in range(len(crops))]
         if data.pixels is not None:
             images = data.pixels[index[rows].to(device, non_blocking=True)].to(dtype) / 255
             xs = [random_resized_crop(images, d, crop) for d, crop in zip(draws, crops, strict=True)]
@@ -1716,14 +1727,20 @@ def batches(
         yield Batch(views, index, data.labels[index], data.targets[index])
 
 
-def batch_indices(total: int, batch_size: int, steps: range, seed: int) -> Iterator[tuple[int, np.ndarray]]:
+def batch_indices(
+    total: int, batch_size: int, steps: range, seed: int, neighbours: Tensor | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """(epoch, which of the `total` images the whole batch takes) for each step, the same for every process."""
     steps_per_epoch, order_of = total // batch_size, None
     for step in steps:
         epoch, start = step // steps_per_epoch, step % steps_per_epoch * batch_size
         if epoch != order_of:
             order, order_of = np.random.default_rng((ORDER, seed, epoch)).permutation(total), epoch
-        yield epoch, order[start : start + batch_size]
+        index = order[start : start + batch_size]
+        if neighbours is not None:
+            column = np.random.default_rng((NEIGHBOURS, seed, step)).integers(neighbours.shape[1], size=batch_size)
+            index = neighbours.numpy()[index, column].astype(index.dtype)
+        yield epoch, index
 
 
 # ----------------------------------------------------------------------------------------------- augmentation

@@ -4,6 +4,7 @@
     python evaluate.py runs/vicreg --protocol linear                  linear classifier on frozen features
     python evaluate.py runs/vicreg --protocol finetune --train-fraction 0.1
     python evaluate.py runs/vicreg --protocol regress                 linear regression on frozen features
+    python evaluate.py runs/vicreg --protocol cluster                 clusters of the features, without labels
     python evaluate.py runs/vicreg --protocol tsne                    a picture of the features
     python evaluate.py runs/vicreg --protocol diagnose                how they fill their space
     python evaluate.py resnet50.pth --protocol linear --augment --data-dir imagenet
@@ -24,6 +25,11 @@ of VICReg, Barlow Twins, SwAV, MoCo, SimSiam or DINO) needs them as flags. The a
     regress   ridge regression of the targets, numbers that a folder has in its targets.csv, on frozen features; its
               strength is chosen on a tenth of the training images held out, never on the test images. R2 (the share of
               the test targets' variance that it explains) and mean absolute error
+    cluster   k-means on the normalised features of the training images, as many clusters as classes, the best of ten
+              starts; each test image is in the nearest of these clusters. acc: accuracy of the test images with the
+              best matching of clusters and classes, one to one; nmi: normalised mutual information (arithmetic mean);
+              ari: adjusted Rand index. For a run that has cluster heads (more/scan.py) also heads_acc and so on, of the
+              clusters into which the head with the lowest loss sorts the test images
     tsne      t-SNE of the test features of some classes, a PNG
     diagnose  spread, rank and singular values of the features, covariance and correlation between their dimensions on
               training and test images (the same where no image has a label), alignment and uniformity (Wang and
@@ -93,13 +99,15 @@ from common import (
     warn,
 )
 
-__all__ = ["knn_accuracy", "linear_probe", "main"]
+__all__ = ["cluster_scores", "knn_accuracy", "linear_probe", "main"]
 
 
 @dataclass
 class Args:
     weights: str  # a run folder, or a file of weights such as encoder.pt
-    protocol: Literal["knn", "linear", "finetune", "regress", "tsne", "diagnose"] = "knn"  # how to judge the features
+    protocol: Literal["knn", "linear", "finetune", "regress", "cluster", "tsne", "diagnose"] = (
+        "knn"  # how to judge the features
+    )
     scratch: bool = False  # take random weights of that architecture instead, to compare with
     dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # none: the run's
     data_dir: str = ""  # none: the run's
@@ -415,6 +423,58 @@ def probe_batch_size(args: Args, images: int, least: int) -> int:
     return size
 
 
+# ---------------------------------------------------------------------------------------------------- cluster
+
+
+def cluster_scores(prediction: Tensor, truth: Tensor) -> dict[str, float]:
+    """How well clusters and classes agree, both (N,) numbers that name them; the clusters' may be any.
+
+    acc: the share of images that are in the cluster of their class, with the matching of clusters and classes, one to
+    one, that makes it largest; a cluster more than there are classes has none. nmi: their mutual information over the
+    mean of their entropies. ari: the share of pairs of images on which both agree, 0 at chance, 1 at most.
+    """
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
+    prediction, truth = (np.unique(np.asarray(y), return_inverse=True)[1] for y in (prediction, truth))  # from 0
+    counts = np.zeros((prediction.max() + 1, truth.max() + 1), dtype=np.int64)  # clusters×classes
+    np.add.at(counts, (prediction, truth), 1)
+    matched = counts[linear_sum_assignment(counts, maximize=True)].sum()
+    nmi, ari = (float(score(truth, prediction)) for score in (normalized_mutual_info_score, adjusted_rand_score))
+    return {"acc": float(matched / len(truth)), "nmi": nmi, "ari": ari}
+
+
+def kmeans(train_x: Tensor, test_x: Tensor, clusters: int, seed: int) -> np.ndarray:
+    """(M,) the nearest of the `clusters` means of normalised features (N, d) to each of (M, d): the best of ten starts,
+    by the squared distances of the N. In float64.
+    """
+    from sklearn.cluster import KMeans
+
+    train_x, test_x = (F.normalize(x.double(), dim=1).cpu().numpy() for x in (train_x, test_x))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fewer distinct features than clusters
+        return KMeans(clusters, n_init=10, random_state=seed % 2**32).fit(train_x).predict(test_x)
+
+
+def read_heads(folder: Path, width: int) -> tuple[Tensor, Tensor] | None:
+    """Weight (C, width) and bias (C,) of the cluster head with the lowest loss; None if the run has none."""
+    file = folder / "heads.pt"
+    if not file.exists():
+        return None
+    try:
+        heads = torch.load(file, map_location="cpu", weights_only=True)
+        if not {"heads.weight", "heads.bias", "losses"} <= heads.keys():
+            return None
+        weight, bias = (heads[name].unflatten(0, (len(heads["losses"]), -1)) for name in ("heads.weight", "heads.bias"))
+        best = int(heads["losses"].argmin())
+        if weight.shape[2] == width and weight.isfinite().all() and bias.isfinite().all():
+            return weight[best], bias[best]
+        fault = "they are not finite" if weight.shape[2] == width else f"they are not of {width} features"
+    except Exception as error:  # a damaged or foreign file can raise almost anything
+        fault = type(error).__name__
+    refuse(f"{file} does not hold the heads of this encoder ({fault}); restore it, or judge {folder / 'encoder.pt'}")
+
+
 # --------------------------------------------------------------------------------------------- looking at them
 
 
@@ -582,10 +642,11 @@ def check(args: Args) -> None:
         refuse(f"--std must be at least 1e-6, not {min(args.std)}")
     if args.weight_decay and not args.lr:
         refuse("--weight-decay is chosen on held-out images, like the learning rate; give --lr to set both by hand")
-    if args.protocol == "tsne":
-        for package, name in (("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")):
-            if not importlib.util.find_spec(package):
-                refuse(f"--protocol tsne needs {name}: pip install {name}")
+    needs = {"tsne": ["matplotlib", "sklearn"], "cluster": ["sklearn", "scipy"]}.get(args.protocol, [])
+    for package in needs:
+        if not importlib.util.find_spec(package):
+            name = {"sklearn": "scikit-learn"}.get(package, package)
+            refuse(f"--protocol {args.protocol} needs {name}: pip install {name}")
 
 
 def check_images(args: Args, train: int, test: int) -> None:
@@ -788,6 +849,8 @@ def main(args: Args) -> dict[str, Any]:
             name = f"labels-{data}-{args.train_fraction:g}-seed{args.seed}.json"
             contents[name] = json.dumps(chosen.tolist()).encode()
     check_images(args, len(train), len(test))
+    if args.protocol == "cluster" and len(train) < len(train.classes):
+        refuse(f"--protocol cluster needs an image for each of {len(train.classes)} clusters; there are {len(train)}")
     if known == "targets" and test.targets.min() == test.targets.max():
         refuse("all test images have the same target: there is no variance to explain")
     torch.manual_seed(args.seed)
@@ -815,6 +878,14 @@ def main(args: Args) -> dict[str, Any]:
         x, y = features(net, some, args, judge), some.labels
         record["shown"] = list(shown.values())
         contents["tsne.png"] = on_rank_0(lambda: draw_tsne(x, y, shown, args))
+    elif args.protocol == "cluster":
+        heads = None if args.scratch or not os.path.isdir(args.weights) else read_heads(Path(args.weights), width)
+        train_x, test_x = (features(net, data, args, judge) for data in (train, test))
+        found = on_rank_0(lambda: kmeans(train_x, test_x, len(train.classes), args.seed))
+        record |= cluster_scores(found, test.labels)
+        if heads is not None:
+            found = F.linear(test_x.cpu().double(), *(part.double() for part in heads)).argmax(1)  # M
+            record |= {f"heads_{name}": value for name, value in cluster_scores(found, test.labels).items()}
     elif args.protocol == "regress":
         train_x, test_x = (features(net, data, args, judge) for data in (train, test))
         train_y, test_y = train.targets.to(device), test.targets.to(device)

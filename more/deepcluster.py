@@ -173,7 +173,7 @@ class DeepCluster(nn.Module):
 # --------------------------------------------------------------------------------------------------- clusters
 
 UNSEEN = -100  # in place of the cluster of an image that was in no batch yet
-CLUSTERS = 4  # first word of the key of k-means' random numbers: common.py has 1 to 3
+CLUSTERS = 4  # first word of the key of k-means' random numbers, beside those in common.py that serve every method
 AT_ONCE = 2**25  # cosines that k-means computes at once
 
 

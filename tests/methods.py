@@ -42,6 +42,7 @@ MORE = {
     "dino": {"head_hidden": 24, "head_dim": 16, "outputs": 10, "small_crops": 2, "small_size": 8},
     "rotnet": {},
     "deepcluster": {"projector_hidden": 24, "projector_dim": 16, "prototypes": 6, "small_crops": 1, "small_size": 8},
+    "scan": {"heads": 2, "neighbours": 5, "scan_epochs": 1},  # and an encoder to start from
 }
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}

@@ -126,6 +126,8 @@ def answer(program: str, flags: dict[str, list[str]], root: Path) -> tuple[int, 
             "warmup_epochs": 0,
             "run_dir": "run",
         }
+        if program == "scan":
+            usual["init"] = root / "run" / "encoder.pt"
         first = []
     line = [f"{common.flag_of(name)}={value}" for name, value in usual.items() if name not in flags]
     line += [word for name, words in flags.items() if name != "weights" for word in words]

@@ -476,6 +476,31 @@ def test_any_start_any_number_of_workers_gives_the_same_views(data):
                 close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+def test_neighbours_stand_where_their_images_stand_and_look_different(data):
+    """Of each image one neighbour at random, whatever the step begun at and the workers; its views are its own."""
+    data.labels = torch.arange(14) * 10
+    table = torch.stack([(torch.arange(14) + step) % 14 for step in (0, 3, 5)], 1).int()
+
+    def taken(first: int, workers: int, neighbours: torch.Tensor = table) -> list[common.Batch]:
+        steps = range(first, 12)
+        return list(common.batches(data, CROPS, steps, 4, 0, FP32, workers, neighbours))
+
+    own, near = batches(data, CROPS, range(12)), taken(0, 0)
+    offsets = [(b.index - a.index) % 14 for a, b in zip(own, near, strict=True)]
+    assert set(torch.cat(offsets).tolist()) == {0, 3, 5} and len({tuple(o.tolist()) for o in offsets}) > 6
+    assert all(torch.equal(batch.labels, 10 * batch.index) and batch.index.dtype == torch.int64 for batch in near)
+    for first, workers in [(3, 0)] + ([(3, 2)] if data.pixels is None else []):
+        for expected, got in zip(near[first:], taken(first, workers), strict=True):
+            assert torch.equal(expected.index, got.index)
+            assert all(torch.equal(a.x, b.x) for a, b in zip(expected, got, strict=True))
+    themselves = taken(0, 0, torch.arange(14)[:, None])
+    for a, b in zip(own, themselves, strict=True):
+        assert torch.equal(a.index, b.index)
+        for (x, draws), (y, others) in zip(a, b, strict=True):
+            assert not torch.equal(x, y) and not torch.equal(draws.uniform(0, 1), others.uniform(0, 1))
+
+
 def test_the_order_of_an_epoch_and_the_draws_of_a_step_share_no_numbers():
     data = common.patterns("train", 8)
     orders = [order.tolist() for _, order in common.batch_indices(8, 8, range(4), seed=0)]  # one step per epoch

@@ -265,7 +265,7 @@ FLAGS = {
     "finetune": {"epochs": 2, "batch_size": 16},
     "diagnose": {},
     "tsne": {"classes": 3},
-}
+} | ({"cluster": {}} if PLOTS else {})
 DRAWN = {"tsne", "diagnose"}
 
 

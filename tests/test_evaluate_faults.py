@@ -34,6 +34,7 @@ PROTOCOLS = {
     "linear augmented": {"epochs": 1, "augment": True},
     "finetune": {"epochs": 1},
     "diagnose": {},
+    "cluster": {},
     "tsne": {"classes": 3},
 }
 
@@ -55,7 +56,7 @@ def run_folder(folder: Path, weights: Any = None) -> Path:
 
 
 def judge(weights: Path, protocol: str, **flags) -> dict[str, Any]:
-    if protocol in ("tsne", "diagnose") and not PLOTS:
+    if protocol in ("tsne", "diagnose", "cluster") and not PLOTS:
         pytest.skip("needs matplotlib and scikit-learn")
     return evaluate.main(Args(str(weights), protocol=protocol.split()[0], **{**PROTOCOLS[protocol], **flags}))
 

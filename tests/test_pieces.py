@@ -325,6 +325,11 @@ def linear_probe(m) -> list[Any]:
     return [diverged.value.code, m.linear_probe(*labelled(), epochs=3, batch_size=16)]
 
 
+def cluster_scores(m) -> dict[str, float]:
+    pytest.importorskip("sklearn")
+    return m.cluster_scores(torch.tensor([2, 2, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 1]))
+
+
 SOME = torch.tensor([True, False, True, False])
 INPUTS: dict[str, Callable[[Any], Any]] = {
     "simclr.nt_xent_loss": lambda m: with_gradient(lambda a, b: m.nt_xent_loss(a, b, 0.2), *views()),
@@ -370,6 +375,11 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "pirl.estimate_log_z": lambda m: m.estimate_log_z(views()[0], *bank_rows()[:2], 0.1, bank_rows()[2]),
     "pirl.Bank": pirl_bank,
     "pirl.tiles": lambda m: m.tiles(images()[..., :10], draws_for(m, images()), 2, 3),
+    "scan.scan_loss": lambda m: with_gradient(lambda a, b: m.scan_loss(a, b, 5.0), *views()),
+    "scan.self_label_loss": lambda m: with_gradient(lambda b: m.self_label_loss(3 * b, b.flip(0), 0.5), views()[1]),
+    "scan.mine_neighbours": lambda m: m.mine_neighbours(views()[0], 2),
+    "scan.turn": lambda m: m.turn(images()[:, :, :10], draws_for(m, images()), 30.0, 0.3),
+    "scan.cutout": lambda m: m.cutout(images()[:, :, :10], draws_for(m, images()), 0.5),
     "common.LARS": lars,
     "common.cosine_schedule": lambda m: [m.cosine_schedule(step, 10, 3, 2.0, 0.1) for step in range(12)],
     "common.all_gather": lambda m: with_gradient(m.all_gather, views()[0]),
@@ -395,6 +405,7 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "common.knn_accuracy": lambda m: m.knn_accuracy(*labelled(), k=5),
     "common.embedding_health": lambda m: m.embedding_health(views()[0]),
     "common.signs_of_collapse": signs_of_collapse,
+    "evaluate.cluster_scores": cluster_scores,
     "evaluate.linear_probe": linear_probe,
 }
 
