@@ -6,7 +6,8 @@
 
 A name is a key of RUNS, for another seed than 0 with its number behind it: wmse-seed1. Runs lie in runs/results. Beside
 the log (metrics.jsonl), the flags (args.json) and what evaluate.py found (results.jsonl) a folder of docs/results has
-taken.json: the commit, the machine, the date and the seconds that the command took, from beginning to end.
+taken.json: the commit, the machine, the date, the seconds that the command took from beginning to end, and the seconds
+of all its threads.
 """
 
 import datetime
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import statistics
 import subprocess
@@ -73,8 +75,12 @@ COLLAPSES = {
     f"dino-no-{what}": f"more/dino.py --precision bf16 --epochs 2 --warmup-epochs 1 --eval-every 1 {flag}"
     for what, flag in (("centering", "--no-centering"), ("sharpening", "--teacher-temperature 0.1"))
 }
-RUNS = MORE | FEW | REGRESS | COLLAPSES
-PROTOCOLS = {name: ["regress"] for name in REGRESS}  # of evaluate.py, for a run of that name
+CLUSTERS = {
+    "scan-init": "simclr.py --precision bf16",
+    "scan": "more/scan.py --init runs/scan-init",
+}
+RUNS = MORE | FEW | REGRESS | COLLAPSES | CLUSTERS
+PROTOCOLS = {name: "regress" for name in REGRESS} | {name: "cluster" for name in CLUSTERS}  # of evaluate.py
 
 # ------------------------------------------------------------------------------------------------------ logs
 
@@ -110,9 +116,16 @@ def percent(values: list[float]) -> str:
 
 
 def duration(folder: Path) -> str:
-    taken = folder / "taken.json"
-    seconds = round(json.loads(taken.read_text())["seconds"]) if taken.exists() else 0
+    """Of the program's own work if that is known; else from the command to its end."""
+    taken = json.loads((folder / "taken.json").read_text()) if (folder / "taken.json").exists() else {"seconds": 0}
+    seconds = round(taken.get("cpu_seconds", taken["seconds"]))
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds else ""
+
+
+def agreement(folder: Path, prefix: str) -> str:
+    """Of clusters and classes: accuracy, NMI, ARI."""
+    scores = judged(folder, "cluster")
+    return " / ".join(f"{scores[prefix + name]:.3f}" for name in ("acc", "nmi", "ari") if prefix + name in scores)
 
 
 def links(folders: list[Path]) -> str:
@@ -126,6 +139,8 @@ COLUMNS: dict[str, Column] = {
     "gain": lambda folders: percent([statistics.mean(knn(folder)[-1] - knn(folder)[0] for folder in folders)]),
     "R2": lambda folders: ", ".join(f"{judged(folder, 'regress')['r2']:.3f}" for folder in folders),
     "mean absolute error": lambda folders: ", ".join(f"{judged(folder, 'regress')['mae']:.3f}" for folder in folders),
+    "k-means: accuracy / NMI / ARI": lambda folders: ", ".join(agreement(folder, "") for folder in folders),
+    "heads: accuracy / NMI / ARI": lambda folders: ", ".join(agreement(folder, "heads_") for folder in folders),
     "time": lambda folders: duration(folders[-1]),
     "log": links,
 }
@@ -134,6 +149,7 @@ TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
     "more-cifar": (FEW, ["untrained", "kNN of each seed", "gain", "time", "log"]),
     "regress": (REGRESS, ["R2", "mean absolute error", "kNN of each seed", "log"]),
     "collapses": (COLLAPSES, ["untrained", "kNN of each seed", "log"]),
+    "clusters": (CLUSTERS, ["k-means: accuracy / NMI / ARI", "heads: accuracy / NMI / ARI", "time", "log"]),
 }
 
 
@@ -173,23 +189,26 @@ def take(name: str) -> None:
     run = ROOT / "runs" / "results" / name
     line = [*shlex.split(RUNS[base]), *(["--seed", seed] if seed else []), "--run-dir", str(run)]
     print("$ python", *line, flush=True)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     subprocess.run([sys.executable, *line], cwd=ROOT, check=True)
     facts = {"commit": commit(), "torch": torch.__version__, "machine": machine()}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts |= {"date": str(datetime.date.today()), "seconds": round(time.perf_counter() - began, 1)}
+    facts["cpu_seconds"] = round(used.ru_utime + used.ru_stime - before, 1)
     keep(name, run, facts)
 
 
 def keep(name: str, run: Path, facts: dict) -> None:
     """Judge the encoder of `run` and copy its log; paths of this machine are left out."""
     base, folder = name.partition("-seed")[0], folder_of(name)
-    for protocol in PROTOCOLS.get(base, []):
-        if protocol not in [record["protocol"] for record in lines(run / "results.jsonl")]:
-            judge = [sys.executable, "evaluate.py", str(run), "--protocol", protocol]
-            subprocess.run(judge, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    protocol = PROTOCOLS.get(base)
+    if protocol and protocol not in [record["protocol"] for record in lines(run / "results.jsonl")]:
+        judge = [sys.executable, "evaluate.py", str(run), "--protocol", protocol]
+        subprocess.run(judge, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     folder.mkdir(parents=True, exist_ok=True)
     flags = json.loads((run / "args.json").read_text())
     flags |= {"run_dir": f"runs/{name}", "data_dir": Path(flags["data_dir"]).name}
+    flags["init"] = flags["init"] and f"runs/{Path(flags['init']).name}"
     (folder / "args.json").write_text(json.dumps(flags, indent=1) + "\n")
     (folder / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
     results = [record | {"weights": f"runs/{name}"} for record in lines(run / "results.jsonl")]
@@ -209,6 +228,7 @@ if __name__ == "__main__":
                 take(name)
         case ["keep", name, folder, *facts]:
             facts = dict(fact.split("=", 1) for fact in facts)  # commit=... torch=... machine=... date=... seconds=...
-            keep(name, Path(folder), facts | {"seconds": float(facts["seconds"])})
+            numbers = {key: float(facts[key]) for key in ("seconds", "cpu_seconds") if key in facts}
+            keep(name, Path(folder), facts | numbers)
         case _:
             sys.exit(__doc__)
