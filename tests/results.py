@@ -117,8 +117,8 @@ def percent(values: list[float]) -> str:
 
 def duration(folder: Path) -> str:
     """Of the program's own work if that is known; else from the command to its end."""
-    taken = json.loads((folder / "taken.json").read_text()) if (folder / "taken.json").exists() else {"seconds": 0}
-    seconds = round(taken.get("cpu_seconds", taken["seconds"]))
+    taken = json.loads((folder / "taken.json").read_text()) if (folder / "taken.json").exists() else {}
+    seconds = round(taken.get("cpu_seconds", taken.get("seconds", 0)))
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds else ""
 
 
