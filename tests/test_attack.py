@@ -154,7 +154,7 @@ def answer(program: str, flags: dict[str, list[str]], root: Path) -> tuple[int, 
 
 
 @pytest.mark.parametrize("program", [*METHODS, *MORE, "evaluate"])
-@settings(max_examples=int(os.environ.get("ATTACKS", 30)))
+@settings(max_examples=int(os.environ.get("ATTACKS", 20)))
 @given(data=st.data())
 def test_any_flags_are_obeyed_or_answered_in_one_line(program, trained, data):
     flags = data.draw(attacked(program).filter(lambda flags: not endless(flags)))
