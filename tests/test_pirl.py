@@ -382,20 +382,6 @@ def test_heads_of_their_own_for_the_image_and_for_what_is_transformed(tmp_path):
             assert not torch.allclose(g, model(x, transformed.flip(1))[1]), "the order of the tiles matters"
 
 
-def test_tiles_leave_the_running_statistics_to_the_images(tmp_path):
-    torch.manual_seed(0)
-    with_tiles, alone = (PIRL(tiny("pirl", tmp_path, transform="jigsaw")) for _ in range(2))
-    alone.load_state_dict(with_tiles.state_dict())
-    x, puzzle = torch.rand(4, 3, 16, 16), torch.rand(4, 9, 3, 6, 6)
-    f, _ = with_tiles(x, puzzle)
-    close(alone(x)[0], f, rtol=0, atol=0)
-    for name, value in alone.state_dict().items():
-        assert name.endswith("num_batches_tracked") or torch.equal(value, with_tiles.state_dict()[name]), name
-    with_tiles(x + 1)
-    norm = with_tiles.backbone.bn1
-    assert norm.momentum == 0.1 and not torch.equal(norm.running_mean, alone.backbone.bn1.running_mean)
-
-
 @pytest.mark.parametrize("kind", ["none", "rotation", "jigsaw"])
 def test_every_weight_gets_a_gradient(kind, tmp_path):
     torch.manual_seed(0)
