@@ -127,9 +127,7 @@ class Flags:
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
     compile: bool = False  # torch.compile the network
     workers: int = 2  # per process, for images that do not fit in memory
-    full_decode: bool = (
-        False  # decode JPEGs at full size, not at the nearest of 1/2, 1/4, 1/8: slower, a little sharper
-    )
+    full_decode: bool = False  # decode JPEGs at full size, not at 1/2, 1/4 or 1/8 where that will do: slower, sharper
     log_every: int = 10  # steps
     eval_every: int = 5  # epochs between online kNN evaluations
     save_every: int = 5  # epochs between checkpoints

@@ -105,9 +105,7 @@ __all__ = ["cluster_scores", "knn_accuracy", "linear_probe", "main"]
 @dataclass
 class Args:
     weights: str  # a run folder, or a file of weights such as encoder.pt
-    protocol: Literal["knn", "linear", "finetune", "regress", "cluster", "tsne", "diagnose"] = (
-        "knn"  # how to judge the features
-    )
+    protocol: Literal["knn", "linear", "finetune", "regress", "cluster", "tsne", "diagnose"] = "knn"  # how to judge
     scratch: bool = False  # take random weights of that architecture instead, to compare with
     dataset: Literal["", "patterns", "cifar10", "cifar100", "stl10", "folder"] = ""  # none: the run's
     data_dir: str = ""  # none: the run's
