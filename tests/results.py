@@ -64,7 +64,7 @@ FEW = {  # on CIFAR-10, saved as JPEG files
     "cifar-eps_supinfonce": f"more/supcon.py --loss eps_supinfonce --precision bf16 {CIFAR} --epochs 1",
     "cifar-nnclr": f"more/nnclr.py {CIFAR} --epochs 3",
     "cifar-wmse": f"more/wmse.py {CIFAR} --epochs 2",
-    "cifar-dino": f"more/dino.py {CIFAR} --epochs 2 --precision bf16",
+    "cifar-dino": f"more/dino.py {CIFAR} --epochs 4 --base-lr 1 --precision bf16",
     "cifar-cmc": f"more/cmc.py {CIFAR} --epochs 2 --precision bf16",
 }
 REGRESS = {
