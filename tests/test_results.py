@@ -1,11 +1,12 @@
 """The tables of docs/results.md are those that the logs give, and the logs are of the commands that the tables name."""
 
 import json
+import re
 import shlex
 
 import pytest
 import results
-from methods import module
+from methods import MORE, module
 
 import common
 
@@ -37,3 +38,21 @@ def test_every_run_that_is_linked_is_kept():
     assert {name for runs, _ in results.TABLES.values() for name in runs} <= {
         name for name in results.RUNS if results.seeds(name)
     }
+
+
+def test_the_readmes_figures_of_more_are_those_of_seed_0():
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(more/.*\| (.*?) → (.*?) \|$", (results.ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _, _ in rows} == set(MORE)
+    for name, before, after in rows:
+        if name == "scan":
+            scores = [results.judged(results.folder_of(run), "cluster") for run in ("scan-init", "scan")]
+            want = scores[0]["acc"], scores[1]["heads_acc"]
+            assert [before, after] == [
+                f"in the cluster of its class: {100 * want[0]:.1f} (k-means)",
+                f"{100 * want[1]:.1f}",
+            ]
+        else:
+            commands = {f"more/{name}.py", f"more/{name}.py --precision bf16"}
+            (run,) = (run for run, command in results.MORE.items() if command in commands)
+            knn = results.knn(results.folder_of(run))
+            assert [before, after] == [f"{knn[0]:.1f}", f"{knn[-1]:.1f}"], name
