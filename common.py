@@ -40,7 +40,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -124,7 +123,9 @@ class Flags:
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 or fp16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 where there are instructions for it
+    )
     compile: bool = False  # torch.compile the network
     workers: int = 2  # per process, for images that do not fit in memory
     full_decode: bool = False  # decode JPEGs at full size, not at 1/2, 1/4 or 1/8 where that will do: slower, sharper
@@ -335,14 +336,12 @@ class Run:
         world, threads, cuda = rank_and_world()[1], torch.get_num_threads(), self.device.type == "cuda"
         shares = f" = {world} x {args.batch_size // world}" * (world > 1)
         where = torch.cuda.get_device_name() if cuda else f"CPU, {threads} thread{'s' * (threads > 1)}"
-        say(f"batch    {args.batch_size}{shares} on {where}; base learning rate {args.base_lr:g}")
+        precision = args.precision if args.precision != "auto" else usual_precision(self.device)
+        say(f"batch    {args.batch_size}{shares} on {where}, {precision}; base learning rate {args.base_lr:g}")
         stop = f"; --max-steps ends the run after {self.last_step}" * (self.last_step < self.total_steps)
         say(f"steps    {self.total_steps} = {args.epochs} epochs of {self.steps_per_epoch}{stop}")
         say(f"folder   {self.folder.path}")
         say("columns  spread of the embeddings: 1 isotropic, 0 a point; effective rank: dimensions they fill")
-        fresh = self.first_step == 0 and args.precision in ("auto", "fp32") and not cuda
-        if fresh and torch.cpu.get_capabilities().get("avx512_bf16"):  # measured once, on an AMD Zen 4: 1.56 times
-            say("hint     this CPU has bf16 instructions: --precision bf16 trains about 1.5 times as fast")
 
     def batches(
         self, crops: "list[Crop]", steps: range | None = None, neighbours: Tensor | None = None
@@ -839,14 +838,19 @@ class Compute(NamedTuple):
 
 
 def compute_in(precision: str, device: torch.device) -> tuple[Compute, torch.amp.GradScaler]:
-    """What `--precision` says, and a gradient scaler for fp16. auto: bf16, or else fp16, on a GPU; fp32 on a CPU."""
-    if precision == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if bf16 else "fp16" if device.type == "cuda" else "fp32"
+    """What `--precision` says, and a gradient scaler for fp16."""
+    precision = usual_precision(device) if precision == "auto" else precision
     dtype = torch.float64 if precision == "fp64" else torch.float32
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     autocast = torch.autocast(device.type, half) if half else contextlib.nullcontext()
     return Compute(device, dtype, autocast), torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def usual_precision(device: torch.device) -> str:
+    """bf16 where the device has instructions for it; else fp16 on a GPU, and fp32 on a CPU."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if any(torch.cpu.get_capabilities().get(kind) for kind in ("avx512_bf16", "amx_bf16")) else "fp32"
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -1207,21 +1211,17 @@ def decode_if_small(data: Data) -> Data:
     sizes = set(data.sizes())
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
-    pixels = torch.empty(len(data), 3, size[1], size[0], dtype=torch.uint8)
+    pixels = np.empty((len(data), size[1], size[0], 3), dtype=np.uint8)  # N×H×W×3: faster to fill than a tensor
 
-    def decode(index: int) -> tuple[bool, int, list[tuple[str, str]]]:
+    for index in range(len(data)):  # threads would wait for one another: at this size most of the work is Python's
         image, used, errors = read_or_next(data.files, index, to_rgb)
-        if same := image is not None and image.size == size:
-            pixels[index] = pil_to_tensor(image)
-        return same, used, errors
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(pool.map(decode, range(len(data)))) as decoded:
-        for index, (same, used, errors) in enumerate(decoded):
+        if errors:
             count_bad(data, errors, every_rank=False)
             data.replace(index, used)
-            if not same:
-                return data
-    return dataclasses.replace(data, pixels=pixels, files=None)
+        if image is None or image.size != size:
+            return data
+        pixels[index] = image
+    return dataclasses.replace(data, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), files=None)
 
 
 def read_or_next(files: np.ndarray, index: int, read: Callable) -> tuple[Any, int, list[tuple[str, str]]]:
@@ -1230,7 +1230,8 @@ def read_or_next(files: np.ndarray, index: int, read: Callable) -> tuple[Any, in
     It gives up, and the result is None, where so many fail that `count_bad` stops the run.
     """
     errors = []
-    for used in [(index + i) % len(files) for i in range(min(len(files), max(10, len(files) // 100) + 1))]:
+    for i in range(min(len(files), max(10, len(files) // 100) + 1)):
+        used = (index + i) % len(files)
         file = os.fsdecode(files[used])
         try:
             with Image.open(file) as image:
@@ -1494,8 +1495,30 @@ def backbone(arch: str, stem: str, zero_init: bool, norm: str = "batch") -> tupl
         net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
         net.maxpool = nn.Identity()
+    for module in net.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d  # same parameters and state-dict keys
     width, net.fc = net.fc.in_features, nn.Identity()
     return net, width
+
+
+class Conv2d(nn.Conv2d):
+    """On a CPU, a convolution to four pixels or fewer is one matrix product for each: of the pixels and the weights
+    that meet there. The sum is the same. torch's own takes up to ten times as long, and in bf16 (2.11 to 2.14) it
+    leaves a part of a gradient unwritten: that of a 3x3 kernel with a stride of 2, on a single pixel.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, stride, padding, spans = self.kernel_size[0], self.stride[0], self.padding[0], []
+        for size in x.shape[2:]:  # for each pixel of the result: its part of the image, and its part of the kernel
+            starts = range(-padding, size + padding - k + 1, stride)
+            spans.append([(slice(max(0, i), i + k), slice(max(0, -i), size - i)) for i in starts])
+        rows, columns = spans
+        if x.device.type != "cpu" or len(rows) * len(columns) > 4 or self.groups > 1:
+            return super().forward(x)
+        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # n×H×W×C, C'×k×k×C
+        y = [F.linear(x[:, i, j].flatten(1), weight[:, a, b].flatten(1)) for i, a in rows for j, b in columns]
+        return torch.stack(y, 1).unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)  # n×C'×H'×W'
 
 
 # The backbone in files of weights: MoCo's queries; VICReg, Barlow Twins, DINO, solo-learn; SimSiam; SwAV, torchvision.

@@ -46,7 +46,7 @@ MORE = {
 }
 
 TINY = {"dataset": "folder", "image_size": 16, "batch_size": 16, "epochs": 3, "warmup_epochs": 1, "log_every": 1}
-TINY |= {"eval_every": 2, "save_every": 1, "seed": 3}
+TINY |= {"eval_every": 2, "save_every": 1, "seed": 3, "precision": "fp32"}  # whatever the CPU has instructions for
 
 
 @functools.cache

@@ -132,19 +132,21 @@ def test_the_first_lines_tell_on_what_where_and_how_long(tmp_path, monkeypatch, 
         module("vicreg").main(tiny("vicreg", tmp_path / str(most), max_steps=most))
         _, images, batch, steps, folder, *_ = capsys.readouterr().out.splitlines()
         assert images.endswith(f"folder {small_folder()}: 64 in memory, of 4 classes; 40 to test on")
-        assert batch.startswith("batch    16 on CPU, 1 thread;" if not torch.cuda.is_available() else "batch    16 on")
+        cpu = "batch    16 on CPU, 1 thread, fp32;"
+        assert batch.startswith(cpu if not torch.cuda.is_available() else "batch    16 on")
         assert steps == f"steps    12 = 3 epochs of 4{told}"
         assert folder.split() == ["folder", str(tmp_path / str(most))]
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
-def test_a_cpu_with_bf16_instructions_is_told_of(tmp_path, monkeypatch, capsys):
+def test_a_cpu_with_bf16_instructions_uses_them_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module("vicreg"), "backbone", narrow)
-    has = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-    for flags, told in (({}, has), ({"max_steps": 2}, False), ({"precision": "bf16"}, False)):  # the second goes on
-        folder = tmp_path / flags.get("precision", "auto")
-        module("vicreg").main(tiny("vicreg", folder, **{"max_steps": 1, **flags}))
-        assert ("--precision bf16" in capsys.readouterr().out) == told
+    has = {"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split())
+    for asked, told in (("auto", "bf16" if has else "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        module("vicreg").main(tiny("vicreg", tmp_path / asked, max_steps=1, precision=asked))
+        assert f"1 thread, {told};" in capsys.readouterr().out
+    losses = [metrics(tmp_path / asked)[1]["loss"] for asked in ("auto", "bf16", "fp32")]
+    assert losses[0] == losses[1 if has else 2] and losses[1] != losses[2]
 
 
 def last_lines(out: str) -> dict[str, str]:

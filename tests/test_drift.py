@@ -127,7 +127,7 @@ def test_the_rest_is_small_enough_to_be_read_as_a_diff(method):
     assert own <= BEYOND[method], f"{own} lines of code are not those of simclr.py"
 
 
-@pytest.mark.parametrize("file, most", [("common", 1975), *((method, 350) for method in METHODS)])
+@pytest.mark.parametrize("file, most", [("common", 2000), *((method, 350) for method in METHODS)])
 def test_a_file_can_be_read_in_one_go(file, most):
     assert len(source(file).splitlines()) <= most
     main = next((node for node in ast.parse(source(file)).body if name_of(node) == "main"), None)
