@@ -236,7 +236,7 @@ if __name__ == "__main__":
 # weight decay          1e-6                                   1.5e-6     1e-6, on such a gradient: equals 1.6e-5
 # lambda                0.0051                                 0.005      0.0051
 # large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
-# precision             bf16 on a GPU, the loss in float32     –          fp16, the loss's products, too
+# precision             bf16 where fast, the loss in float32   –          fp16, the loss's products, too
 # BatchNorm of z        written out in the loss                –          a module; nothing reads its running statistics
 # blur                  Gaussian; the border is mirrored       –          Pillow's boxes; the border is repeated
 # short last batch      left out                               –          kept, but divided by the full size

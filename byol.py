@@ -304,7 +304,7 @@ if __name__ == "__main__":
 # contrast, saturation  about the mean grey; towards grey      –          about the mean of each channel; in HSV
 # resizing, blur        antialiased; mirrored at the border    –          not antialiased; zeros beyond the border
 # large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
-# precision             bf16 on a GPU                          –          float32, as --precision fp32
+# precision             bf16 where fast                        –          float32, as --precision fp32
 # initial weights       those of torchvision and PyTorch       –          truncated normal, biases 0
 #
 # (1) The start is forgotten after a few times 1/(1 - tau) steps, but a short run would spend them predicting a random

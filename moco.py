@@ -345,6 +345,6 @@ if __name__ == "__main__":
 #                       view 2 alone go to the queue (1)                           both views; a linear head
 # blur                  Gaussian; the border is mirrored       –                   Pillow's boxes; border repeated
 # large JPEGs           decoded smaller, or --full-decode      –                   decoded at full size
-# precision             bf16 on a GPU                          –                   float32, as --precision fp32
+# precision             bf16 where fast                        –                   float32, as --precision fp32
 #
 # (1) So it holds K different images.

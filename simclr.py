@@ -217,7 +217,7 @@ if __name__ == "__main__":
 # contrast, saturation  about the mean grey; towards grey      –          about the mean of each channel; in HSV
 # blur                  one sigma per image; mirrored border   –          one sigma per batch and view; zeros outside
 # large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
-# precision             bf16 on a GPU                          –          float32, as --precision fp32
+# precision             bf16 where fast                        –          float32, as --precision fp32
 # projector             two layers                             the same   three by default, as in SimCLR v2
 # BatchNorm in it       after both layers                      –          after every layer
 # weight decay          1e-6; 1e-4 in `cifar`                  1e-6       1e-4 in its README's commands

@@ -267,7 +267,7 @@ if __name__ == "__main__":
 # flip                  before the colours (5)                 –          last
 # blur                  Gaussian; the border is mirrored       –          Pillow's boxes; the border is repeated
 # large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
-# precision             bf16 on a GPU                          –          float32, as --precision fp32
+# precision             bf16 where fast                        –          float32, as --precision fp32
 #
 # (1) Half an epoch behind on average, and never 0.
 # (2) `quick` is short, and a predictor that lags behind lets the projections fall into few dimensions.

@@ -282,7 +282,7 @@ if __name__ == "__main__":
 # solarisation          with p 0 in view 1, 0.2 in view 2      0.1, 0.1   0, 0.2
 # blur                  Gaussian; the border is mirrored       –          Pillow's boxes; the border is repeated
 # large JPEGs           decoded smaller, or --full-decode      –          decoded at full size
-# precision             bf16 on a GPU, the loss in float32     –          fp16, the loss's products, too
+# precision             bf16 where fast, the loss in float32   –          fp16, the loss's products, too
 # final learning rate   a thousandth of the peak               0.002      a thousandth: 0.0016 at batch 2048
 # short last batch      left out                               –          kept, but divided by the full size
 #

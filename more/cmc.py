@@ -271,4 +271,4 @@ if __name__ == "__main__":
 # width                 a whole ResNet for each view         halves           halves, or a ResNet-50 of any width
 # learning rate         a cosine at every step               –                a tenth after 120, 160 and 200 epochs
 # weight decay          not on biases and BatchNorm          –                on all of them
-# precision             bf16 on a GPU, the loss in float32   –                float32
+# precision             bf16 where fast, the loss in float32 –                float32

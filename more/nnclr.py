@@ -278,6 +278,6 @@ if __name__ == "__main__":
 # colour jitter         half as strong for small images        only for ImageNet: of full strength
 # biases                none before BatchNorm, which would     –
 #                       remove them
-# precision             bf16 on a GPU; the search in float32   –
+# precision             bf16 where fast; the search in float32 –
 #
 # (1) It has to be smaller than the dataset, or the nearest row would be the image's own embedding of the last epoch.

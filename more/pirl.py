@@ -28,8 +28,7 @@ the network changes faster than the bank, and falls to 6.8. `positive`, the mean
 `transformed`, that of g, falls below 0 and rises late: what all rows have in common tells none from the others, and g
 may oppose it. `accuracy`, how often the own row comes first, stays near 0 here. With `python more/pirl.py` the online
 kNN goes from 53 % to 82 %, with `--transform none` to 77 %, with `jigsaw` to 79 %. Signs of trouble: the loss stays
-above log N; or the effective rank, 20, falls under 10. With `--precision bf16` on a CPU, tiles of 16 pixels or less
-give nan: torch (2.14) leaves parts of a gradient unwritten where a convolution of stride 2 gets a single pixel.
+above log N; or the effective rank, 20, falls under 10.
 
     python more/pirl.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
@@ -393,6 +392,6 @@ if __name__ == "__main__":
 # heads                 linear                                 linear                 PIRL: also of two layers
 # BatchNorm             over all processes                     –                      for each GPU by itself
 # learning rate         a cosine at every step                 NPID: steps            NPID: steps; PIRL: a cosine
-# precision             bf16 on a GPU, the loss in float32     –                      float32
+# precision             bf16 where fast, the loss in float32   –                      float32
 #
 # (1) All scores are then one matrix product.

@@ -194,6 +194,6 @@ if __name__ == "__main__":
 # weight decay          not on biases and BatchNorm            on all     on all
 # crop                  of 0.2 of the area or more             –          CIFAR: 32 pixels of the image in a border of 4
 # initial weights       those of torchvision and PyTorch       –          normal, by the fan-out
-# precision             bf16 on a GPU                          –          float32, as --precision fp32
+# precision             bf16 where fast                        –          float32, as --precision fp32
 #
 # Elsewhere: VISSL draws one rotation for each image, and crops and flips afterwards.

@@ -347,4 +347,4 @@ if __name__ == "__main__":
 # BatchNorm             of images and neighbours together      –          of each by itself
 # self-labelling        goes on, with the same batch size      –          a run of its own, with another batch size
 # learning rate         half a cosine, scaled with the batch   –          constant, not scaled
-# precision             bf16 on a GPU, the losses in float32   –          float32
+# precision             bf16 where fast, the losses in float32 –          float32

@@ -260,7 +260,7 @@ if __name__ == "__main__":
 #                       whitening would remove it
 # grey                  with p 0.1                             0.1, 0.2   0.1; ImageNet 0.2
 # colours               after the crop                         –          before it
-# precision             bf16 on a GPU, the loss in float32     –          float32
+# precision             bf16 where fast, the loss in float32   –          float32
 #
 # Elsewhere: solo-learn's loss has no gradient for the second view, unless told otherwise: the same loss, but half of
 # every pair is a constant.

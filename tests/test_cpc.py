@@ -429,7 +429,6 @@ IMPOSSIBLE = [
     ({"nearest_row": 3}, "make 3 rows"),
     ({"farthest_row": 1}, "--farthest-row 1"),
     ({"farthest_row": 3}, "take 2 or less"),
-    ({"precision": "bf16"}, "--precision bf16"),
 ]
 
 
