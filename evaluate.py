@@ -127,7 +127,7 @@ class Args:
     classes: int = 5  # tsne: so many classes, chosen at random
     seed: int = 0  # of the label subset, the held-out images, the order and the crops
     output: str = ""  # folder for results and pictures; none: where the weights are
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # of the network
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: as in training, if that was told
     workers: int = 2  # for images that do not fit in memory
     full_decode: bool = False  # decode JPEGs at full size, as is done anyway if the run did
 
@@ -602,6 +602,7 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
     inherited = ("image_size", "mean", "std", "full_decode") + (
         () if args.dataset or args.data_dir else ("dataset", "data_dir")
     )
+    inherited += ("precision",) * (run.get("precision") != "fp16")  # which needs a GPU
     usual |= {name: run[name] for name in inherited if name in run}
     if color_space(state):
         usual |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -609,7 +610,7 @@ def complete(args: Args) -> tuple[Args, dict[str, Tensor]]:
             refuse(f"{file} splits the colours of images in [0, 1]: leave out --mean and --std")
     if any(args.std):
         del usual["mean"], usual["std"]  # given by hand, where 0 0 0 is a mean
-    filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0))}
+    filled = {name: value for name, value in usual.items() if getattr(args, name) in ("", 0, (0, 0, 0), "auto")}
     args = dataclasses.replace(args, **filled)
     if not args.dataset:
         refuse("a file of weights does not say what to test it on: give --data-dir or --dataset")

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import common
 
+ROOT = Path(__file__).parent.parent
 GOAL = 85.0  # % of the test images
 # One evaluation, at the end: the epochs are as few as reach the goal with each of the three seeds.
 RECORDS = {

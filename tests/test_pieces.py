@@ -203,6 +203,13 @@ def cpc_loss(m) -> list[Any]:
     return with_gradient(lambda a, b: m.cpc_loss([a, b], [b, a * b], 0.5), *views())
 
 
+def few_pixels(m) -> list[Any]:
+    conv, x = m.Conv2d(2, 3, 3, stride=2, padding=1, bias=False).double(), torch.linspace(-1, 1, 36).double()
+    torch.nn.init.constant_(conv.weight[:, :, 1:], 0.5)
+    torch.nn.init.constant_(conv.weight[:, :, :1], -0.2)
+    return with_gradient(lambda x: conv(x.view(2, 2, 3, 3)).sin().sum(), x)
+
+
 def dino_loss(m) -> list[Any]:
     a, b = views()
     center = torch.linspace(-1, 1, 6, dtype=torch.float64)
@@ -388,6 +395,7 @@ INPUTS: dict[str, Callable[[Any], Any]] = {
     "common.SyncBatchNorm": lambda m: batchnorm(m.SyncBatchNorm(3)),
     "common.sync_batchnorm": lambda m: converted(lambda net: m.sync_batchnorm(net, torch.device("cpu"))),
     "common.backbone": backbone,
+    "common.Conv2d": few_pixels,
     "common.Draws": draws,
     "common.random_boxes": random_boxes,
     "common.random_resized_crop": random_resized_crop,
