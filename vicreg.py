@@ -56,8 +56,9 @@ from common import (
 @dataclass
 class Args(Flags):
     batch_size: int = 256
+    epochs: int = 12
     base_lr: float = 2.5
-    warmup_epochs: float = 7
+    warmup_epochs: float = 5
     sim_coeff: float = 25.0  # lambda, weight of the invariance term (section 4.2)
     std_coeff: float = 25.0  # mu, weight of the variance term
     cov_coeff: float = 1.0  # nu, weight of the covariance term

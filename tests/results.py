@@ -68,7 +68,7 @@ FEW = {  # on CIFAR-10, saved as JPEG files
     "cifar-cmc": f"more/cmc.py {CIFAR} --epochs 2 --precision bf16",
 }
 REGRESS = {
-    "regress-simclr": f"simclr.py {SHORT}",
+    "regress-simclr": f"simclr.py {SHORT} --base-lr 2",
     **{f"regress-{loss}": f"more/supcon.py --loss {loss} {SHORT}" for loss in ("yaware", "thr", "exp")},
 }
 COLLAPSES = {
@@ -76,7 +76,7 @@ COLLAPSES = {
     for what, flag in (("centering", "--no-centering"), ("sharpening", "--teacher-temperature 0.1"))
 }
 CLUSTERS = {
-    "scan-init": "simclr.py --precision bf16",
+    "scan-init": "simclr.py --precision bf16 --epochs 15 --base-lr 2",
     "scan": "more/scan.py --init runs/scan-init",
 }
 RUNS = MORE | FEW | REGRESS | COLLAPSES | CLUSTERS
