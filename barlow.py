@@ -18,7 +18,7 @@ d·lambda·k / (1 + lambda·k) with k = d / (n - 1) - 1. This bound is 36 at n =
 Signs of trouble: `on_diagonal` stays at d (the embedding is constant, or nothing is learned); `off_diagonal` comes near
 d², or the effective rank sticks at a few (the dimensions repeat each other).
 
-    python barlow.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python barlow.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

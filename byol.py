@@ -23,7 +23,7 @@ again once the target tells images apart, so a low loss alone is no sign of good
 deviation of the normalised projections over its isotropic value 1/sqrt(d), stays of the order of 1. Signs of trouble:
 the loss near 0 with `spread` near 0 or the effective rank near 1.
 
-    python byol.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python byol.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

@@ -24,7 +24,7 @@ log(K + 1) (5.5 at K = 256) while the first keys fill the queue, all alike as ye
 how often the right key comes first, rises towards 1. Signs of trouble: the loss stays at log(K + 1); or the accuracy is
 close to 1 once the queue is full of keys, while the kNN accuracy does not move (BatchNorm gives the answer away).
 
-    python moco.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python moco.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

@@ -20,7 +20,7 @@ What you should see: the loss starts at about 6.1, above log(2N - 1) = 5.5 (N = 
 rises, then falls for as long as you train; `accuracy`, how often the other view comes first, rises towards 1. Signs of
 trouble: the loss stays at log(2N - 1).
 
-    python simclr.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python simclr.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

@@ -26,7 +26,7 @@ or the effective rank to a few. The last BatchNorm centres the projections and h
 be one point: without the stop-gradient the effective rank falls under 5 within three epochs, and the kNN under the
 untrained network's.
 
-    python simsiam.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python simsiam.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

@@ -18,7 +18,7 @@ What you should see: the loss starts a little above log K (4.2 at K = 64) and fa
 codes, which it cannot pass; `accuracy`, how often the prediction's first prototype is the code's, rises from 1/K.
 Signs of trouble: the loss stays at log K, the accuracy near 1/K; then lower --epsilon or freeze the prototypes longer.
 
-    python swav.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python swav.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """

@@ -19,7 +19,7 @@ embeddings spread, variance falls and covariance rises to nearly 2. With `python
 the online kNN goes from 44 % to 89 %. Signs of trouble: `variance` near 0.99 and `invariance` near 0 (all of it has
 collapsed: the loss stays near 24.8, or goes to 0 with `--std-coeff 0`), or the effective rank at a few.
 
-    python vicreg.py    some minutes on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
+    python vicreg.py    a minute or two on two CPU cores; with torchrun, --recipe or --data-dir: see README.md
 
 Read views, network, loss, and the loop in main. The table at the end says where this departs from the paper.
 """
