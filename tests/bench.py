@@ -1,6 +1,6 @@
 """How fast the pieces are, beside the usual way of writing them. Run by hand: python tests/bench.py [--device cuda]
 
-    python tests/bench.py                 every row, some ten minutes on two CPU cores
+    python tests/bench.py                 every row, some twenty minutes on two CPU cores
     python tests/bench.py barlow start    some of them
 
 Every row times the reference and this project's code in the same process, in turns, after a warm-up, synchronised, and
@@ -455,7 +455,8 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
-    print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
+    if set(options.rows or ROWS) - {"growth", "peers"}:  # which have tables of their own
+        print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
     for what, bench in ROWS.items():
         if what in (options.rows or ROWS):
             bench(device, cuda)

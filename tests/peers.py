@@ -59,7 +59,7 @@ import vicreg
 ROUNDS = 3
 IMAGES = 512  # few, for this project's programs judge all of them twice, outside the time that counts
 LINE = 2560 if torch.cuda.is_available() else 256  # images between two lines of the programs' logs
-LINES = 2  # that count, after one that is the warm-up
+LINES = 4  # that count, after one that is the warm-up
 WARM_UP = 2  # steps of lightly's side: as many batches as a worker has ready
 SIZE, WIDTH = 32, 512  # pixels of a view; features of the backbone
 
@@ -205,7 +205,7 @@ def rate_of_lightly(peer: Peer, pictures: list[Image.Image], batch_size: int, wo
     for count in (WARM_UP, steps):
         began = time.perf_counter()
         for (x1, x2), _ in itertools.islice(batches, count):
-            loss = peer.loss(x1.to(device), x2.to(device)).mean()  # SwaVLoss has one element, and not none
+            loss = peer.loss(x1.to(device), x2.to(device)).mean()  # SwaVLoss gives one element, not a scalar
             total += loss.detach()
             loss.backward()
             optimizer.step()
@@ -248,7 +248,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # as the programs and the examples choose it
     where, threads = torch.cuda.get_device_name() if device.type == "cuda" else "CPU", torch.get_num_threads()
     cores = len(os.sched_getaffinity(0))
-    print(f"\nlightly {lightly.__version__}; {where}, cores for all processes: {cores}, threads of each: {threads}\n")
+    print(f"\nlightly {lightly.__version__}; {where}, cores for all processes: {cores}, threads: {threads}\n")
     print("| method, batch | lightly, images/s, loader in the process | with one worker beside ", end="")
     print("| here fp32 | here bf16 | ratio fp32 / lightly in process |\n|---|---|---|---|---|---|", flush=True)
     pixels = common.patterns("train", IMAGES).pixels
