@@ -1,6 +1,6 @@
 """How fast the pieces are, beside the usual way of writing them. Run by hand: python tests/bench.py [--device cuda]
 
-    python tests/bench.py                 every row, some ten minutes on two CPU cores
+    python tests/bench.py                 every row, some twenty minutes on two CPU cores
     python tests/bench.py barlow start    some of them
 
 Every row times the reference and this project's code in the same process, in turns, after a warm-up, synchronised, and
@@ -357,7 +357,7 @@ def bench_folder(device: torch.device, target: float) -> None:
     with tempfile.TemporaryDirectory() as name:
         photographs(Path(name), 128)
         args = vicreg.Args(image_size=224, batch_size=64, crop_min_scale=0.08, blur=True, workers=2)
-        files, _ = common.list_images(Path(name), skip=())
+        files, _, _ = common.list_images(Path(name))
         data = common.Data(None, files, torch.full((len(files),), -1), [])
         views = our_views(data, args, device)
         pillow = usual_views(T, 224, [], [T.ToTensor()])
@@ -407,6 +407,23 @@ def bench_peak(device: torch.device, target: float) -> None:
     row("VICReg loss, n 256, d 8192, peak extra memory", *peaks, target, "MB")
 
 
+def bench_peers(device: torch.device) -> None:
+    """The seven programs beside the package lightly, which need not be there: see peers.py."""
+    try:
+        import lightly.loss
+        import lightly.transforms  # noqa: F401
+    except ImportError as error:
+        also = f" ({error})" if error.name and error.name.split(".")[0] != "lightly" else ""  # a part that it needs
+        print(f"lightly is not installed: pip install lightly{also}")
+        return
+    if torch.cuda.is_available() and device.type == "cpu":
+        print("peers: the programs take the GPU by themselves; for the CPU, set CUDA_VISIBLE_DEVICES to nothing")
+        return
+    import peers
+
+    peers.main()
+
+
 # {name: bench(device, cuda)}, with the ratios to reach.
 ROWS: dict[str, Callable[[torch.device, bool], None]] = {
     "vicreg": lambda d, cuda: bench_loss("VICReg", d, {1024: 6.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0}),
@@ -419,6 +436,7 @@ ROWS: dict[str, Callable[[torch.device, bool], None]] = {
     "folder": lambda d, cuda: bench_folder(d, 1.5 if cuda else 1.3),
     "start": lambda d, cuda: bench_start(d),
     "growth": lambda d, cuda: bench_growth(d),
+    "peers": lambda d, cuda: bench_peers(d),
 }
 
 
@@ -437,7 +455,8 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
-    print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
+    if set(options.rows or ROWS) - {"growth", "peers"}:  # which have tables of their own
+        print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
     for what, bench in ROWS.items():
         if what in (options.rows or ROWS):
             bench(device, cuda)
