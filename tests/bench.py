@@ -11,6 +11,7 @@ here as papers and official repositories do it: one d×d matrix, one tensor, one
 import argparse
 import copy
 import itertools
+import os
 import platform
 import re
 import statistics
@@ -424,6 +425,29 @@ def bench_peers(device: torch.device) -> None:
     peers.main()
 
 
+def bench_recipes() -> None:
+    """Peak memory of two steps of each method's recipe `imagenet`, at two batch sizes, on a CPU in bf16: what an image
+    takes, and what is there without any.
+    """
+    print("\n| recipe imagenet, CPU, bf16 | MB per image | MB beside |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "images")
+        folder.mkdir()
+        photographs(folder, 32)
+        for method in ("simclr", "moco", "barlow", "vicreg", "byol", "simsiam", "swav"):
+            line = [sys.executable, str(Path(__file__).parent.parent / f"{method}.py"), "--recipe", "imagenet"]
+            line += ["--data-dir", str(folder), "--precision", "bf16", "--max-steps", "2", "--workers", "0"]
+            line += ["--run-dir", str(Path(name, "run")), "--overwrite", *["--queue-size", "32"] * (method == "moco")]
+            peaks = []
+            for batch_size in (16, 32):
+                process = subprocess.Popen([*line, "--batch-size", str(batch_size)], stdout=subprocess.DEVNULL)
+                _, status, used = os.wait4(process.pid, 0)
+                assert status == 0, (method, batch_size)
+                peaks.append(used.ru_maxrss / 1024)  # megabytes
+            slope = (peaks[1] - peaks[0]) / 16
+            print(f"| {method} | {slope:.0f} | {peaks[0] - 16 * slope:.0f} |", flush=True)
+
+
 # {name: bench(device, cuda)}, with the ratios to reach.
 ROWS: dict[str, Callable[[torch.device, bool], None]] = {
     "vicreg": lambda d, cuda: bench_loss("VICReg", d, {1024: 6.0} if cuda else {256: 25.0, 1024: 6.0, 2048: 3.0}),
@@ -436,6 +460,7 @@ ROWS: dict[str, Callable[[torch.device, bool], None]] = {
     "folder": lambda d, cuda: bench_folder(d, 1.5 if cuda else 1.3),
     "start": lambda d, cuda: bench_start(d),
     "growth": lambda d, cuda: bench_growth(d),
+    "recipes": lambda d, cuda: bench_recipes(),
     "peers": lambda d, cuda: bench_peers(d),
 }
 
