@@ -54,7 +54,9 @@ from common import (
 
 @dataclass
 class Args(Flags):
-    base_lr: float = 3.0
+    epochs: int = 11
+    base_lr: float = 4.0
+    warmup_epochs: float = 5
     base_lr_biases: float = 0.01  # as --base-lr, for biases and BatchNorm, which LARS does not adapt
     lambd: float = 0.0051  # lambda, weight of the redundancy term (paper: 0.005)
     loss_scale: float = 1.0  # multiplies the loss; LARS hides it from the weights, the biases see it

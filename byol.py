@@ -62,7 +62,6 @@ from common import (
 
 @dataclass
 class Args(Flags):
-    batch_size: int = 64
     epochs: int = 10
     base_lr: float = 4.0
     base_tau: float = 0.9  # tau at the first step; the target keeps this share of itself (section 3.3)
