@@ -58,9 +58,9 @@ from common import (
 class Args(Flags):
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of the channels; the official code leaves them in [0, 1]
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    epochs: int = 12
+    epochs: int = 11
     base_lr: float = 3.0
-    warmup_epochs: float = 4
+    warmup_epochs: float = 5
     lr_scaling: Literal["linear", "sqrt"] = "linear"  # how the learning rate follows the batch size (appendix B.1)
     temperature: float = 0.2  # T (table 5: 0.1 on ImageNet; appendix B.9: 0.5 on CIFAR-10)
     projector_hidden: int = 512  # width of the projector's hidden layer: that of ResNet-10's features
