@@ -31,6 +31,9 @@ LOGS, PAGE = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
 SHORT = "--crop-min-scale 0.6 --epochs 6 --warmup-epochs 1 --precision bf16"
 CIFAR = "--data-dir cifar10 --warmup-epochs 0.5"
 
+# `--eval-every 1` gives the curves a point for every epoch, and changes no result.
+SEVEN = {name: f"{name}.py" for name in ("simclr", "moco", "barlow", "vicreg", "byol", "simsiam", "swav")}
+COLLAPSED = {"vicreg-collapsed": "vicreg.py --std-coeff 0"}
 NEGATIVES = {
     "dcl": "more/negatives.py",
     "dclw": "more/negatives.py --positive-sigma 0.5 --precision bf16",
@@ -79,14 +82,15 @@ CLUSTERS = {
     "scan-init": "simclr.py --precision bf16 --epochs 15 --base-lr 2",
     "scan": "more/scan.py --init runs/scan-init",
 }
-RUNS = MORE | FEW | REGRESS | COLLAPSES | CLUSTERS
-PROTOCOLS = {name: "regress" for name in REGRESS} | {name: "cluster" for name in CLUSTERS}  # of evaluate.py
+RUNS = SEVEN | COLLAPSED | MORE | FEW | REGRESS | COLLAPSES | CLUSTERS
+PROTOCOLS = {name: "linear" for name in SEVEN | COLLAPSED}  # of evaluate.py
+PROTOCOLS |= {name: "regress" for name in REGRESS} | {name: "cluster" for name in CLUSTERS}
 
 # ------------------------------------------------------------------------------------------------------ logs
 
 
 def folder_of(name: str) -> Path:
-    return LOGS / "more" / name
+    return LOGS / name if name.partition("-seed")[0] in SEVEN | COLLAPSED else LOGS / "more" / name
 
 
 def lines(file: Path) -> list[dict]:
@@ -115,6 +119,10 @@ def percent(values: list[float]) -> str:
     return ", ".join(f"{value:.1f}" for value in values)
 
 
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
 def duration(folder: Path) -> str:
     """Of the program's own work if that is known; else from the command to its end."""
     taken = json.loads((folder / "taken.json").read_text()) if (folder / "taken.json").exists() else {}
@@ -136,6 +144,8 @@ Column = Callable[[list[Path]], str]
 COLUMNS: dict[str, Column] = {
     "untrained": lambda folders: percent([statistics.mean(knn(folder)[0] for folder in folders)]),
     "kNN of each seed": lambda folders: percent([knn(folder)[-1] for folder in folders]),
+    "kNN: mean, range": lambda folders: spread([knn(folder)[-1] for folder in folders]),
+    "linear: mean, range": lambda folders: spread([100 * judged(folder, "linear")["top1"] for folder in folders]),
     "gain": lambda folders: percent([statistics.mean(knn(folder)[-1] - knn(folder)[0] for folder in folders)]),
     "R2": lambda folders: ", ".join(f"{judged(folder, 'regress')['r2']:.3f}" for folder in folders),
     "mean absolute error": lambda folders: ", ".join(f"{judged(folder, 'regress')['mae']:.3f}" for folder in folders),
@@ -145,6 +155,7 @@ COLUMNS: dict[str, Column] = {
     "log": links,
 }
 TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
+    "seven": (SEVEN | COLLAPSED, ["untrained", "kNN of each seed", "kNN: mean, range", "linear: mean, range", "log"]),
     "more": (MORE, ["untrained", "kNN of each seed", "time", "log"]),
     "more-cifar": (FEW, ["untrained", "kNN of each seed", "gain", "time", "log"]),
     "regress": (REGRESS, ["R2", "mean absolute error", "kNN of each seed", "log"]),
@@ -188,6 +199,7 @@ def take(name: str) -> None:
     base, _, seed = name.partition("-seed")
     run = ROOT / "runs" / "results" / name
     line = [*shlex.split(RUNS[base]), *(["--seed", seed] if seed else []), "--run-dir", str(run)]
+    line += ["--eval-every", "1"] * (name in SEVEN | COLLAPSED)
     print("$ python", *line, flush=True)
     began, before = time.perf_counter(), sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     subprocess.run([sys.executable, *line], cwd=ROOT, check=True)
