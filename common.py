@@ -123,9 +123,7 @@ class Flags:
     weight_decay: float = 1e-6  # on which parameters: see `groups` in main
     warmup_epochs: float = 2  # linear warm-up of the learning rate from 0
     seed: int = 0  # of the initial weights, the order and every augmentation
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 where there are instructions for it
-    )
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where that is fast
     compile: bool = False  # torch.compile the network
     workers: int = 2  # per process, for images that do not fit in memory
     full_decode: bool = False  # decode JPEGs at full size, not at 1/2, 1/4 or 1/8 where that will do: slower, sharper

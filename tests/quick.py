@@ -22,6 +22,9 @@ def trainer(
     monkeypatch.setattr(common, "load_data", lambda *_: (data, None))
     monkeypatch.setattr(method, "backbone", narrow)
 
+    if args.precision == "auto":  # whatever the CPU has instructions for
+        args = dataclasses.replace(args, precision="fp32")
+
     def train(name: str = "run", **flags) -> dict:
         method.main(dataclasses.replace(args, run_dir=str(folder / name), **flags))
         return torch.load(folder / name / "checkpoint.pt", weights_only=True)

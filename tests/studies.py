@@ -25,6 +25,7 @@ import vicreg
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--epochs 4 --warmup-epochs 1"
+LONG = "--epochs 15 --warmup-epochs 7"
 PROBE = ("--epochs", "30")  # of the linear classifier
 ONLY_CROPS = "--no-color-jitter --no-grayscale --no-solarize"
 
@@ -32,8 +33,8 @@ ONLY_CROPS = "--no-color-jitter --no-grayscale --no-solarize"
 STUDIES = {
     "batch": {f"batch {n}": f"vicreg.py {SHORT} --batch-size {n}" for n in (128, 256, 512)},
     "collapse": {
-        "VICReg": "vicreg.py",
-        "without variance": "vicreg.py --std-coeff 0",
+        "VICReg": f"vicreg.py {LONG}",
+        "without variance": f"vicreg.py {LONG} --std-coeff 0",
     },
     "transfer": {
         "from scratch": f"vicreg.py {SHORT} --data-dir CIFAR --train-limit 5000",

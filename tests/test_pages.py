@@ -1,12 +1,12 @@
 """The pages say what is so: flags exist, code runs, figures are those of the runs (and see test_readme.py)."""
 
 import ast
-import json
 import re
-import shlex
+import statistics
 from pathlib import Path
 
 import pytest
+import results
 import torch
 from methods import METHODS, MORE, ROOT, module
 
@@ -18,7 +18,6 @@ PAGES = {
 }
 README = PAGES["README.md"]
 PROGRAMS = [*METHODS, *MORE, "evaluate"]
-RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -51,7 +50,7 @@ def test_the_lines_that_use_an_encoder_run(tmp_path, monkeypatch):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     names = {"images": images}
     exec(block("Use the encoder"), names)
-    assert names["h"].shape == (2, width) and torch.equal(names["h"], net.eval()(images))
+    assert names["h"].shape == (2, width) and torch.allclose(names["h"], net.eval()(images), atol=1e-5)
 
 
 def test_the_example_of_pieces_runs():
@@ -75,25 +74,8 @@ def test_the_example_of_pieces_runs():
 # ----------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize("run", [*METHODS, "vicreg-collapsed"])
-def test_figures_are_those_of_the_runs(run):
-    """kNN before and after training, in both tables; the linear classifier, of evaluate.py; the command."""
-    records = [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
-    knn = [f"{100 * record['knn_top1']:.1f}" for record in records if "knn_top1" in record]
-    judged = [json.loads(line) for line in (RESULTS / run / "results.jsonl").read_text().splitlines()]
-    linear = [f"{100 * result['top1']:.1f}" for result in judged if result["protocol"] == "linear"]
-    (row,) = [line for line in PAGES["docs/results.md"].splitlines() if f"results/{run}/metrics.jsonl" in line]
-    command, *cells = (cell.strip() for cell in row.strip("|").split("|"))
-    assert cells[:3] == [knn[0], knn[-1], linear[-1]]
-    _, script, *words = shlex.split(command.strip("`"))
-    method = script.removesuffix(".py")
-    script, flags = module(method), json.loads((RESULTS / run / "args.json").read_text())
-    free = common.FREE_FLAGS - {"epochs", "max_steps"} | {"image_size"}  # the size follows the images
-    typed = json.loads(json.dumps(vars(common.parse_args(script.Args, script.RECIPES, words))))
-    usual = vars(script.Args())  # of flags that the run had not yet
-    assert {k: v for k, v in typed.items() if k not in free} == {
-        k: flags.get(k, usual[k]) for k in typed if k not in free
-    }
-    if run in METHODS:
-        (row,) = [line for line in README.splitlines() if line.startswith("| ") and f"[{run}.py]({run}.py)" in line]
-        assert row.strip("| ").split(" | ")[-1] == knn[-1]
+@pytest.mark.parametrize("method", METHODS)
+def test_the_readmes_figure_is_the_mean_of_the_runs(method):
+    (row,) = [line for line in README.splitlines() if line.startswith("| ") and f"[{method}.py]({method}.py)" in line]
+    knn = [results.knn(folder)[-1] for folder in results.seeds(method)]
+    assert len(knn) == 3 and row.strip("| ").split(" | ")[-1] == f"{statistics.mean(knn):.1f}"

@@ -357,7 +357,8 @@ def test_all_but_the_loss_is_simclrs_to_the_letter():
 
 
 def trainer(tmp_path, monkeypatch):
-    args = {"image_size": 16, "batch_size": 8, "warmup_epochs": 0, "epochs": 2, "log_every": 1, "precision": "fp64"}
+    args = {"image_size": 16, "batch_size": 8, "base_lr": 2.0, "warmup_epochs": 0, "epochs": 2, "log_every": 1}
+    args |= {"precision": "fp64"}
     return [quick.trainer(file, file.Args(**args), 24, tmp_path, monkeypatch) for file in (supcon, simclr)]
 
 
