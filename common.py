@@ -1209,8 +1209,7 @@ def decode_if_small(data: Data) -> Data:
     sizes = set(data.sizes())
     if len(sizes) != 1 or max(size := sizes.pop()) > RESIDENT_SIDE or 3 * math.prod(size) * len(data) > RESIDENT_BYTES:
         return data
-    pixels = np.empty((len(data), size[1], size[0], 3), dtype=np.uint8)  # N×H×W×3: faster to fill than a tensor
-
+    pixels = np.empty((len(data), 3, size[1], size[0]), dtype=np.uint8)  # filled faster than a tensor
     for index in range(len(data)):  # threads would wait for one another: at this size most of the work is Python's
         image, used, errors = read_or_next(data.files, index, to_rgb)
         if errors:
@@ -1218,8 +1217,8 @@ def decode_if_small(data: Data) -> Data:
             data.replace(index, used)
         if image is None or image.size != size:
             return data
-        pixels[index] = image
-    return dataclasses.replace(data, pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), files=None)
+        pixels[index] = np.asarray(image).transpose(2, 0, 1)  # 3×H×W
+    return dataclasses.replace(data, pixels=torch.from_numpy(pixels), files=None)
 
 
 def read_or_next(files: np.ndarray, index: int, read: Callable) -> tuple[Any, int, list[tuple[str, str]]]:
@@ -1501,9 +1500,10 @@ def backbone(arch: str, stem: str, zero_init: bool, norm: str = "batch") -> tupl
 
 
 class Conv2d(nn.Conv2d):
-    """On a CPU, a convolution to four pixels or fewer is one matrix product for each: of the pixels and the weights
-    that meet there. The sum is the same. torch's own takes up to ten times as long, and in bf16 (2.11 to 2.14) it
-    leaves a part of a gradient unwritten: that of a 3x3 kernel with a stride of 2, on a single pixel.
+    """With square kernels and zeros as padding. On a CPU, a convolution to four pixels or fewer is one matrix product
+    for each: of the pixels and the weights that meet there. The sum is the same. torch's own takes up to ten times as
+    long, and in bf16 (2.11 to 2.14) it leaves a part of a gradient unwritten: that of a 3x3 kernel with a stride of 2,
+    on a single pixel.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1512,10 +1512,10 @@ class Conv2d(nn.Conv2d):
             starts = range(-padding, size + padding - k + 1, stride)
             spans.append([(slice(max(0, i), i + k), slice(max(0, -i), size - i)) for i in starts])
         rows, columns = spans
-        if x.device.type != "cpu" or len(rows) * len(columns) > 4 or self.groups > 1:
+        if x.device.type != "cpu" or len(rows) * len(columns) > 4 or self.groups > 1 or self.dilation != (1, 1):
             return super().forward(x)
-        x, weight = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # n×H×W×C, C'×k×k×C
-        y = [F.linear(x[:, i, j].flatten(1), weight[:, a, b].flatten(1)) for i, a in rows for j, b in columns]
+        x, w = x.permute(0, 2, 3, 1), self.weight.permute(0, 2, 3, 1)  # n×H×W×C, C'×k×k×C
+        y = [F.linear(x[:, i, j].flatten(1), w[:, a, b].flatten(1), self.bias) for i, a in rows for j, b in columns]
         return torch.stack(y, 1).unflatten(1, (len(rows), len(columns))).permute(0, 3, 1, 2)  # n×C'×H'×W'
 
 

@@ -64,6 +64,7 @@ from common import (
 
 @dataclass
 class Args(Flags):
+    epochs: int = 13
     base_lr: float = 0.1
     optimizer: Literal["lars", "larc", "sgd"] = "sgd"
     weight_decay: float = 1e-4

@@ -64,7 +64,7 @@ from common import (
 @dataclass
 class Args(Flags):
     batch_size: int = 64
-    epochs: int = 10
+    epochs: int = 9
     base_lr: float = 0.4
     optimizer: Literal["lars", "larc", "sgd"] = "sgd"
     weight_decay: float = 1e-4

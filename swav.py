@@ -56,6 +56,7 @@ from common import (
 @dataclass
 class Args(Flags):
     std: tuple[float, float, float] = (0.228, 0.224, 0.225)  # as the official code
+    epochs: int = 13
     base_lr: float = 3.0
     adapt_all: bool = True  # LARS adapts and decays biases and BatchNorm, too, as in the official code
     temperature: float = 0.1  # T of the predictions; the codes have epsilon

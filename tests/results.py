@@ -130,6 +130,12 @@ def duration(folder: Path) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds else ""
 
 
+def mean_time(folders: list[Path]) -> str:
+    """From the command to its end."""
+    taken = [json.loads((folder / "taken.json").read_text())["seconds"] for folder in folders]
+    return f"{statistics.mean(taken):.0f} s" if taken else ""
+
+
 def agreement(folder: Path, prefix: str) -> str:
     """Of clusters and classes: accuracy, NMI, ARI."""
     scores = judged(folder, "cluster")
@@ -144,18 +150,19 @@ Column = Callable[[list[Path]], str]
 COLUMNS: dict[str, Column] = {
     "untrained": lambda folders: percent([statistics.mean(knn(folder)[0] for folder in folders)]),
     "kNN of each seed": lambda folders: percent([knn(folder)[-1] for folder in folders]),
-    "kNN: mean, range": lambda folders: spread([knn(folder)[-1] for folder in folders]),
-    "linear: mean, range": lambda folders: spread([100 * judged(folder, "linear")["top1"] for folder in folders]),
+    "kNN: mean (range)": lambda folders: spread([knn(folder)[-1] for folder in folders]),
+    "linear: mean (range)": lambda folders: spread([100 * judged(folder, "linear")["top1"] for folder in folders]),
     "gain": lambda folders: percent([statistics.mean(knn(folder)[-1] - knn(folder)[0] for folder in folders)]),
     "R2": lambda folders: ", ".join(f"{judged(folder, 'regress')['r2']:.3f}" for folder in folders),
     "mean absolute error": lambda folders: ", ".join(f"{judged(folder, 'regress')['mae']:.3f}" for folder in folders),
     "k-means: accuracy / NMI / ARI": lambda folders: ", ".join(agreement(folder, "") for folder in folders),
     "heads: accuracy / NMI / ARI": lambda folders: ", ".join(agreement(folder, "heads_") for folder in folders),
     "time": lambda folders: duration(folders[-1]),
+    "mean time": lambda folders: mean_time(folders[1:]),
     "log": links,
 }
 TABLES: dict[str, tuple[dict[str, str], list[str]]] = {
-    "seven": (SEVEN | COLLAPSED, ["untrained", "kNN of each seed", "kNN: mean, range", "linear: mean, range", "log"]),
+    "seven": (SEVEN | COLLAPSED, ["untrained", "kNN: mean (range)", "linear: mean (range)", "mean time", "log"]),
     "more": (MORE, ["untrained", "kNN of each seed", "time", "log"]),
     "more-cifar": (FEW, ["untrained", "kNN of each seed", "gain", "time", "log"]),
     "regress": (REGRESS, ["R2", "mean absolute error", "kNN of each seed", "log"]),

@@ -448,7 +448,7 @@ def test_unknown_arch_is_named(capsys):
 def test_a_convolution_to_few_pixels_is_torchs(data):
     kernel, stride = data.draw(st.sampled_from([(1, 1), (1, 2), (3, 1), (3, 2), (7, 2)]))
     height, width, groups = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6)), data.draw(st.integers(1, 2))
-    usual = torch.nn.Conv2d(4, 6, kernel, stride, kernel // 2, bias=False, groups=groups)
+    usual = torch.nn.Conv2d(4, 6, kernel, stride, kernel // 2, bias=data.draw(st.booleans()), groups=groups)
     ours = copy.deepcopy(usual.double())
     ours.__class__ = common.Conv2d
     x = data.draw(matrices(columns=st.just(4 * height * width))).view(-1, 4, height, width)
