@@ -78,4 +78,4 @@ def test_the_example_of_pieces_runs():
 def test_the_readmes_figure_is_the_mean_of_the_runs(method):
     (row,) = [line for line in README.splitlines() if line.startswith("| ") and f"[{method}.py]({method}.py)" in line]
     knn = [results.knn(folder)[-1] for folder in results.seeds(method)]
-    assert len(knn) == 3 and row.strip("| ").split(" | ")[-1] == f"{statistics.mean(knn):.1f}"
+    assert len(knn) > 1 and row.strip("| ").split(" | ")[-1] == f"{statistics.mean(knn):.1f}"
