@@ -20,7 +20,7 @@ variance, 67.6 % with both), each normalised as in `vicreg.py`. The last BatchNo
 projections at 1, so the variance penalty is 0 until that BatchNorm's inputs have all but collapsed (standard deviation
 under 0.05 at n = 256).
 
-What you should see: the loss starts near 0 and falls towards -0.9; `spread`, the standard deviation of the normalised
+What you should see: the loss starts near 0 and falls towards -0.8; `spread`, the standard deviation of the normalised
 projections over 1/sqrt(d), stays near 1 (section 4.1). Signs of trouble: the loss runs to -1 while `spread` goes down
 or the effective rank to a few. The last BatchNorm centres the projections and holds their variances, so they cannot all
 be one point: without the stop-gradient the effective rank falls under 5 within three epochs, and the kNN under the

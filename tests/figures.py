@@ -54,7 +54,7 @@ def draw_curves(results: Path = RESULTS, file: Path = ROOT / "docs" / "curves.pn
     pixels = knn_of_pixels()
     for axes in (healthy, collapsed):
         axes.axhline(pixels, color="0.6", linewidth=1, linestyle=":")
-        axes.set(xlabel="epochs", xlim=(0, 15.3), xticks=range(0, 16, 5), ylim=(0, 100))
+        axes.set(xlabel="epochs", xlim=(0, 13.3), xticks=range(0, 14, 3), ylim=(0, 100))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
