@@ -79,7 +79,7 @@ COLLAPSES = {
     for what, flag in (("centering", "--no-centering"), ("sharpening", "--teacher-temperature 0.1"))
 }
 CLUSTERS = {
-    "scan-init": "simclr.py --precision bf16 --epochs 15 --base-lr 2",
+    "scan-init": "simclr.py --precision bf16 --epochs 15 --base-lr 2 --warmup-epochs 4",
     "scan": "more/scan.py --init runs/scan-init",
 }
 RUNS = SEVEN | COLLAPSED | MORE | FEW | REGRESS | COLLAPSES | CLUSTERS

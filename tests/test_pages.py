@@ -29,7 +29,7 @@ def test_flags_exist():
     ours = {common.flag_of(name) for program in PROGRAMS for name in module(program).Args.__dataclass_fields__}
     ours |= {flag.replace("--", "--no-", 1) for flag in ours}
     others = "--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max-restarts --index-url --cifar --signal"
-    others += " --nodes --ntasks-per-node --gpus-per-node --cpus-per-task"  # of torchrun, pip, tests/studies.py, SLURM
+    others += " --nodes --ntasks-per-node --gpus-per-node --cpus-per-task --device"  # torchrun, pip, tests, SLURM
     named = {flag for text in PAGES.values() for flag in re.findall(r"(?<![-\w])--[a-z][\w-]*", text)}
     assert named - ours - set(others.split()) == set()
 
