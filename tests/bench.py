@@ -480,7 +480,7 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n")
-    if set(options.rows or ROWS) - {"growth", "peers"}:  # which have tables of their own
+    if set(options.rows or ROWS) - {"growth", "peers", "recipes"}:  # which have tables of their own
         print("| | reference | here | ratio | to reach | target met |\n|---|---|---|---|---|---|")
     for what, bench in ROWS.items():
         if what in (options.rows or ROWS):
