@@ -343,7 +343,7 @@ if __name__ == "__main__":
 # BatchNorm             --bn-groups parts of the batch; their  a part per GPU, 8   a part per GPU; running statistics
 #                       mean as running statistics                                 of the first
 # v2+                   mean of both directions; the keys of   –                   CIFAR-10 demo: their sum; the keys of
-#                       view 2 alone queue: K different images                     both views; a linear head
+#                       view 2 alone are queued: of K images                       both views; a linear head
 # blur                  Gaussian; the border is mirrored       –                   Pillow's boxes; border repeated
 # large JPEGs           decoded smaller, or --full-decode      –                   decoded at full size
 # precision             bf16 where fast                        –                   float32, as --precision fp32
